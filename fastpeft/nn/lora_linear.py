@@ -1,0 +1,115 @@
+"""LoraLinear: a frozen `nn.Linear` with a trained low-rank update, on `fastpeft.ops.lora_linear`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .. import ops
+
+
+class LoraLinear(nn.Module):
+    """y = x Wᵀ + bias + alpha/r · (drop(x) Aᵀ) Bᵀ   (Hu et al. 2021, equation 3; B starts at zero, A as in PEFT)
+
+    Args:
+        base: the linear layer to adapt. It is kept as `self.base`, and its weight is frozen.
+        r: rank, at least 1. alpha: the update is scaled by alpha/r.
+        dropout: probability of dropping an element of x before A, in training.
+        adapter_dtype: of A and B; float32 masters by default, whatever the base's dtype (the kernel rounds them).
+
+    Shapes: x [..., in_features] -> y [..., out_features], x's dtype; lora_a [r, in_features], lora_b [out_features, r].
+
+    Raises:
+        TypeError: base is not an nn.Linear. ValueError: r or dropout out of range.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        r: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        *,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"LoraLinear: base must be a torch.nn.Linear, got {type(base).__name__}")
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"LoraLinear: r must be an int of at least 1, got {r!r}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"LoraLinear: dropout must be in [0, 1), got {dropout!r}")
+        self.base = base
+        self.base.weight.requires_grad_(False)
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        like = {"device": base.weight.device, "dtype": adapter_dtype}
+        self.lora_a = nn.Parameter(torch.empty(r, base.in_features, **like))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, r, **like))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.enabled = True
+        self.merged = False
+        self._original: torch.Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.r
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged or not self.enabled:
+            return self.base(x)
+        return ops.lora_linear(
+            x,
+            self.base.weight,
+            self.lora_a,
+            self.lora_b,
+            scale=self.scale,
+            bias=self.base.bias,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+    def enable(self) -> None:
+        """Apply the update again after `disable`."""
+        self.enabled = True
+
+    def disable(self) -> None:
+        """Run the base alone (the parameters stay). Raises RuntimeError while merged: the update is in the weight then."""
+        if self.merged:
+            raise RuntimeError("LoraLinear.disable: merged; unmerge() first")
+        self.enabled = False
+
+    @torch.no_grad()
+    def merge(self, *, keep_original: bool = True) -> None:
+        """Add the update to `base.weight`.
+
+        The original weight is kept so that `unmerge` restores its bits; `keep_original=False` saves that memory, and
+        `unmerge` then subtracts the update (rounded once more).
+
+        Raises RuntimeError when already merged, ValueError when the merged weight would not be finite (nothing changes).
+        """
+        if self.merged:
+            raise RuntimeError("LoraLinear.merge: already merged; unmerge() first")
+        weight = self.base.weight
+        merged = (weight.float() + self._update()).to(weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError("LoraLinear.merge: the merged weight has NaN or Inf; nothing was changed")
+        self._original = weight.detach().clone() if keep_original else None
+        weight.copy_(merged)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the update out of `base.weight`. Raises RuntimeError when not merged."""
+        if not self.merged:
+            raise RuntimeError("LoraLinear.unmerge: not merged; merge() first")
+        weight = self.base.weight
+        weight.copy_(self._original if self._original is not None else weight.float() - self._update())
+        self._original, self.merged = None, False
+
+    def _update(self) -> torch.Tensor:
+        """scale · B A, float32 [N, K]"""
+        return self.scale * (self.lora_b.float() @ self.lora_a.float())
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, enabled={self.enabled}, merged={self.merged}"

@@ -1,0 +1,15 @@
+"""Functions: the ops themselves. One file an op; each picks a backend by device, dtype and shape."""
+
+from __future__ import annotations
+
+from .lora_linear import BACKENDS, lora_linear, lora_linear_group
+
+__all__ = ["backends", "lora_linear", "lora_linear_group"]
+
+
+def backends() -> dict[str, dict[str, str | None]]:
+    """For each op and backend: None where a bfloat16 CPU call could run, else the reason why not (for `fastpeft doctor`)."""
+    import torch
+
+    x, a = torch.empty(1, 16, dtype=torch.bfloat16), torch.empty(1, 16)
+    return {"lora_linear": {name: backend.can((x, [a])) for name, backend in BACKENDS.items()}}

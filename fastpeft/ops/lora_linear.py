@@ -1,0 +1,393 @@
+"""lora_linear: a frozen linear layer with a LoRA term, and lora_linear_group: several of them that read one x.
+
+    y = out_scale · ((x·in_scale) Wᵀ + scale·(drop(x) Aᵀ) Bᵀ + lora_bias) + bias
+
+Read on: `fastpeft/reference/lora_linear.py` (plain PyTorch), `fastpeft/ops/lora_linear_cpu.py` and
+`csrc/cpu/lora_linear_kernels.h` (native CPU).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..reference import lora_linear as reference
+from . import _check, lora_linear_cpu
+from ._backend import Backend, choose, forced
+from ._library import define, plain_call
+
+Tensors = Sequence[torch.Tensor]
+Optionals = Sequence[torch.Tensor | None]
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    *,
+    scale: float | torch.Tensor = 1.0,
+    bias: torch.Tensor | None = None,
+    lora_bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    in_scale: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A frozen linear layer plus a low-rank update (LoRA: Hu et al. 2021, equation 3), forward and backward fused.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16 (float64 runs on the torch backend); any strides.
+        weight: [N, K], frozen, x's dtype (under autocast any), any strides.
+        a, b: [R, K] and [N, R], any floating dtype: fp32 masters under bf16 compute are rounded inside the kernel and
+            get fp32 gradients. Both None: the base alone.
+        scale: a number, or a tensor [] or [R] (several adapters stacked along R are one call).
+        bias, lora_bias: [N]; `lora_bias` enters unscaled (for PEFT pass scaling·bias).
+        dropout_p: probability in [0, 1] that an element of x is dropped before `a`; the kept ones are scaled by 1/(1-p).
+        seed: int, or int64 tensor [], that fixes the mask (Philox4x32-10); None draws one from PyTorch's generator.
+        in_scale, out_scale: [K], [N]: (IA)³ and DoRA. They, and a `scale` that requires grad, run the torch definition.
+
+    Returns:
+        y [..., N], contiguous, x's dtype. Gradients flow to x, a, b, bias and lora_bias (and the scales).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, shape, dtype or device; a weight that requires grad.
+        RuntimeError: a forced backend cannot run this call (the message says why).
+    """
+    if in_scale is not None or out_scale is not None or dropout_p == 1.0 or _wants_grad(scale):
+        return _by_definition(x, weight, a, b, scale, bias, lora_bias, dropout_p, seed, in_scale, out_scale)
+    call = _Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
+    return _run("lora_linear", call)[0]
+
+
+def lora_linear_group(
+    x: torch.Tensor,
+    weights: Tensors,
+    a: Optionals,
+    b: Optionals,
+    *,
+    scales: Sequence[float | torch.Tensor],
+    biases: Optionals | None = None,
+    lora_biases: Optionals | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Several `lora_linear` of one x (q/k/v, gate/up): x is read once for all A's and saved once for backward.
+
+    Args:
+        x: [..., K]. weights: each [N_i, K]. a, b: each [R_i, K], [N_i, R_i], or None where a projection has no adapter.
+        scales: one a projection (see `lora_linear`). biases, lora_biases: each [N_i] or None.
+        dropout_p, seed: as in `lora_linear`; projection i has its own mask.
+
+    Returns:
+        a list of y_i [..., N_i].
+
+    Raises:
+        as `lora_linear`; ValueError where the sequences differ in length or are empty.
+    """
+    n = len(weights)
+    none = (None,) * n
+    call = _Call(x, weights, biases or none, a, b, scales, lora_biases or none, dropout_p, seed)
+    for name, given in zip(("a", "b", "scales", "biases", "lora_biases"), (a, b, scales, call.biases, call.lora_biases)):
+        if len(given) != n or n == 0:
+            _check.bad_value("lora_linear_group", name, f"as long as weights, at least one (weights has {n})", len(given))
+    if dropout_p == 1.0 or any(map(_wants_grad, scales)):
+        _checked("lora_linear_group", call)
+        seed = _seed(call) if dropout_p else None
+        return [_definition(call, i, seed, None, None) for i in range(n)]
+    return _run("lora_linear_group", call)
+
+
+class _Call(NamedTuple):
+    """One call's arguments, a sequence entry per projection."""
+
+    x: torch.Tensor
+    weights: Tensors
+    biases: Optionals
+    a: Optionals
+    b: Optionals
+    scales: Sequence[Any]
+    lora_biases: Optionals
+    dropout_p: float
+    seed: Any
+
+
+# ---- argument checks -------------------------------------------------------------------------------------------------
+
+
+def _checked(op: str, call: _Call) -> None:
+    x = call.x
+    if not isinstance(x, torch.Tensor):
+        _check.bad_type(op, "x", "a torch.Tensor", x)
+    if x.dim() == 0:
+        _check.bad_value(op, "x", "[..., K], at least one dimension", "a 0-dim tensor")
+    if not x.dtype.is_floating_point:
+        _check.bad_value(op, "x", "a floating-point tensor", x.dtype)
+    if not 0.0 <= call.dropout_p <= 1.0:
+        _check.bad_value(op, "dropout_p", "a probability in [0, 1]", call.dropout_p)
+    for i, weight in enumerate(call.weights):
+        _check_base(op, x, weight)
+        n = weight.shape[0]
+        _check.vector(op, "bias", call.biases[i], n, "N", x)
+        _check.vector(op, "lora_bias", call.lora_biases[i], n, "N", x)
+        _check_adapter(op, x, n, call.a[i], call.b[i], call.scales[i])
+
+
+def _check_base(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    k = x.shape[-1]
+    if not isinstance(weight, torch.Tensor):
+        _check.bad_type(op, "weight", "a torch.Tensor", weight)
+    if weight.dim() != 2 or weight.shape[1] != k:
+        _check.bad_value(op, "weight", f"[N, K] = [N, {k}] (K is x's last dimension)", list(weight.shape))
+    if weight.dtype != x.dtype:
+        _check.bad_value(op, "weight", f"of x's dtype ({x.dtype}); cast one of them or use torch.autocast", weight.dtype)
+    _check.same_device(op, "weight", weight, x)
+    if weight.requires_grad:
+        _check.bad_value(op, "weight", "frozen (weight.requires_grad_(False)): it gets no gradient here", "one that requires grad")
+
+
+def _check_adapter(op: str, x: torch.Tensor, n: int, a: Any, b: Any, scale: Any) -> None:
+    if a is None and b is None:
+        return
+    for name, value in (("a", a), ("b", b)):
+        if not isinstance(value, torch.Tensor):
+            _check.bad_type(op, name, "a torch.Tensor (or None for both a and b)", value)
+    k = x.shape[-1]
+    if a.dim() != 2 or a.shape[0] == 0 or a.shape[1] != k:
+        r = a.shape[0] if a.dim() == 2 and a.shape[0] else "R ≥ 1"
+        _check.bad_value(op, "a", f"[R, K] = [{r}, {k}]", list(a.shape))
+    r = a.shape[0]
+    if b.dim() != 2 or b.shape[0] != n or b.shape[1] != r:
+        _check.bad_value(op, "b", f"[N, R] = [{n}, {r}]", list(b.shape))
+    for name, value in (("a", a), ("b", b)):
+        _check.floating(op, name, value)
+        _check.same_device(op, name, value, x)
+    if isinstance(scale, torch.Tensor):
+        if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != r):
+            _check.bad_value(op, "scale", f"a number or a tensor [] or [R] = [{r}]", list(scale.shape))
+        _check.floating(op, "scale", scale)
+        _check.same_device(op, "scale", scale, x)
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        _check.bad_type(op, "scale", "a number or a torch.Tensor", scale)
+
+
+# ---- from the public call to the registered op ------------------------------------------------------------------------
+
+
+def _run(op: str, call: _Call) -> list[torch.Tensor]:
+    call = _autocast(call)
+    _checked(op, call)
+    x, adapters = call.x, zip(call.a, call.scales)
+    plain = plain_call(x)
+    scales = [None if a is None else _scale(scale, x, plain) for a, scale in adapters]
+    seed = _seed(call) if call.dropout_p else None
+    tensors = (call.weights, call.biases, call.a, call.b, scales, call.lora_biases)
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for ts in tensors for t in ts)):
+        flat = [t for ts in tensors for t in ts]
+        return list(_LoraLinear.apply(call.dropout_p, forced(), x, seed, *flat)[:-1])
+    forward = _forward if plain else _forward_op
+    return forward(x, *tensors, call.dropout_p, seed, forced())[0]
+
+
+def _autocast(call: _Call) -> _Call:
+    """Under autocast everything computes in its dtype, as `torch.nn.functional.linear` does."""
+    x = call.x
+    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return call
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(t: Any) -> Any:
+        narrow = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if narrow else t
+
+    return call._replace(x=cast(x), weights=[cast(w) for w in call.weights])
+
+
+def _wants_grad(scale: Any) -> bool:
+    return isinstance(scale, torch.Tensor) and scale.requires_grad
+
+
+@functools.lru_cache(maxsize=1024)
+def _cpu_constant(value: float) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=torch.float32, device="cpu")
+
+
+def _scale(scale: Any, x: torch.Tensor, plain: bool) -> torch.Tensor:
+    """float32 [] or [R] on x's device: as a tensor it can change without recompiling."""
+    if isinstance(scale, torch.Tensor):
+        return scale if scale.dtype == torch.float64 else scale.float()
+    if x.dtype == torch.float64:
+        return torch.full((), scale, dtype=torch.float64, device=x.device)
+    if plain and x.is_cpu:
+        return _cpu_constant(scale)
+    return torch.full((), scale, dtype=torch.float32, device=x.device)
+
+
+def _seed(call: _Call) -> torch.Tensor:
+    seed, device = call.seed, call.x.device
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, torch.Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
+            _check.bad_value("lora_linear", "seed", f"an int or an int64 tensor [] on {device}", f"{seed.dtype} {list(seed.shape)} on {seed.device}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        _check.bad_type("lora_linear", "seed", "an int or an int64 tensor []", seed)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _by_definition(x, weight, a, b, scale, bias, lora_bias, dropout_p, seed, in_scale, out_scale) -> torch.Tensor:
+    """(IA)³ scales and a trained `scale`: the definition under autograd."""
+    if forced() not in ("", "torch"):
+        raise RuntimeError(
+            f"lora_linear: backend {forced()!r} was forced, but in_scale, out_scale, a scale that requires grad and dropout_p = 1 "
+            "run only on the torch backend"
+        )
+    call = _autocast(_Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed))
+    _checked("lora_linear", call)
+    _check.vector("lora_linear", "in_scale", in_scale, call.x.shape[-1], "K", call.x)
+    _check.vector("lora_linear", "out_scale", out_scale, call.weights[0].shape[0], "N", call.x)
+    return _definition(call, 0, _seed(call) if dropout_p else None, in_scale, out_scale)
+
+
+def _definition(call: _Call, i: int, seed: torch.Tensor | None, in_scale, out_scale) -> torch.Tensor:
+    return reference.lora_linear(
+        call.x, call.weights[i], call.a[i], call.b[i], scale=call.scales[i], bias=call.biases[i], lora_bias=call.lora_biases[i],
+        dropout_p=call.dropout_p, seed=seed, in_scale=in_scale, out_scale=out_scale, projection=i,
+    )  # fmt: skip
+
+
+# ---- backends ----------------------------------------------------------------------------------------------------------
+
+BACKENDS = {
+    "cpu": Backend(can=lora_linear_cpu.can, forward=lora_linear_cpu.forward, backward=lora_linear_cpu.backward),
+    "torch": Backend(can=lambda meta: None, forward=reference.forward, backward=reference.backward),
+}
+
+
+# ---- the registered ops --------------------------------------------------------------------------------------------------
+
+
+def _forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed, backend):
+    return choose("lora_linear", BACKENDS, (x, a), backend).forward(
+        x, weights, biases, a, b, scales, lora_biases, dropout_p, seed
+    )
+
+
+def _forward_fake(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed, backend):
+    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+    return ys, x.new_empty(math.prod(x.shape[:-1]), sum(t.shape[0] for t in a if t is not None))
+
+
+_forward_op = define(
+    "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] a, Tensor?[] b, Tensor?[] scales, "
+    "Tensor?[] lora_biases, float dropout_p, Tensor? seed, str backend) -> (Tensor[] ys, Tensor s)",
+    _forward,
+    _forward_fake,
+)
+
+
+def _backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs, backend):
+    """Gradients of those of (x, a…, b…, bias…) whose flag in `needs` is set, in that order. x may be None if no a is."""
+    n = len(weights)
+    needs_a, needs_b, needs_bias = needs[1 : 1 + n], needs[1 + n : 1 + 2 * n], needs[1 + 2 * n :]
+    dx, das, dbs, dbiases = choose("lora_linear", BACKENDS, (s, a), backend).backward(
+        dys, x, s, weights, a, b, scales, dropout_p, seed, needs[0], needs_a, needs_b, needs_bias
+    )
+    return [grad for grad, needed in zip((dx, *das, *dbs, *dbiases), needs) if needed]
+
+
+def _backward_fake(dys, x, s, weights, a, b, scales, dropout_p, seed, needs, backend):
+    wide = torch.promote_types(s.dtype, torch.float32)
+    rows = next(dy.shape[:-1] for dy in dys if dy is not None)
+    shapes = [s.new_empty(*rows, weights[0].shape[1])]
+    shapes += [None if t is None else t.new_empty(t.shape) for t in (*a, *b)]
+    shapes += [s.new_empty(weight.shape[0], dtype=wide) for weight in weights]
+    return [t for t, needed in zip(shapes, needs) if needed]
+
+
+_backward_op = define(
+    "lora_linear_backward(Tensor?[] dys, Tensor? x, Tensor s, Tensor[] weights, Tensor?[] a, Tensor?[] b, Tensor?[] scales, "
+    "float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """apply(dropout_p, backend, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases) -> (*ys, s)"""
+
+    @staticmethod
+    def forward(dropout_p, backend, x, seed, *flat):
+        n = len(flat) // 6
+        forward = _forward if plain_call(x) else _forward_op
+        ys, s = forward(x, *(list(flat[i * n : (i + 1) * n]) for i in range(6)), dropout_p, seed, backend)
+        return (*ys, s)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dropout_p, backend, x, seed, *flat = inputs
+        n = len(flat) // 6
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.dropout_p, ctx.backend, ctx.n = dropout_p, backend, n
+        weights, biases, a, b, scales, lora_biases = (flat[i * n : (i + 1) * n] for i in range(6))
+        trains_a = any(ctx.needs_input_grad[4 + 2 * n : 4 + 3 * n])  # else x is not read again (LoRA-FA, BitFit)
+        ctx.save_for_backward(x if trains_a else None, output[-1], seed, *weights, *a, *b, *scales)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        with torch.no_grad():
+            out = _LoraLinear.gradients(ctx, grads)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            sources = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+            out = tuple(None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out)
+        return out
+
+    @staticmethod
+    def gradients(ctx, grads):
+        n, dys = ctx.n, list(grads[:-1])
+        x, s, seed, *flat = ctx.saved_tensors
+        weights, a, b, scales = (flat[i * n : (i + 1) * n] for i in range(4))
+        wanted = ctx.needs_input_grad
+        biases, lora_biases = wanted[4 + n : 4 + 2 * n], wanted[4 + 5 * n : 4 + 6 * n]
+        live = [dy is not None for dy in dys]
+        needs = [wanted[2] and any(live)]
+        needs += [want and here for want, here in zip(wanted[4 + 2 * n : 4 + 3 * n], live)]
+        needs += [want and here for want, here in zip(wanted[4 + 3 * n : 4 + 4 * n], live)]
+        needs += [(one or two) and here for one, two, here in zip(biases, lora_biases, live)]
+        out: list[torch.Tensor | None] = [None] * len(wanted)
+        if not any(needs):
+            return tuple(out)
+        backward = _backward if plain_call(s) else _backward_op
+        found = iter(backward(dys, x, s, weights, a, b, scales, ctx.dropout_p, seed, needs, ctx.backend))
+        dx, *rest = (next(found) if needed else None for needed in needs)
+        out[2] = dx
+        out[4 + 2 * n : 4 + 4 * n] = rest[: 2 * n]
+        out[4 + n : 4 + 2 * n] = [g if want else None for g, want in zip(rest[2 * n :], biases)]
+        out[4 + 5 * n : 4 + 6 * n] = [g if want else None for g, want in zip(rest[2 * n :], lora_biases)]
+        return tuple(out)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """apply(grad, *sources) -> grad, which says so when it is differentiated."""
+
+    @staticmethod
+    def forward(grad, *sources):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "lora_linear has no second derivative; for one (a gradient penalty, say) compute the layer with plain PyTorch: "
+            "fastpeft.reference.lora_linear"
+        )

@@ -1,0 +1,170 @@
+"""The `cpu` backend of lora_linear: PyTorch's GEMM for the base where it is best, native passes for the rank-R parts.
+
+Forward: s = drop(x) Aᵀ of all projections in one read of x; y = x Wᵀ + bias; y += s (scale·B)ᵀ + lora_bias in place.
+Backward: one read of dy gives ds and dB (and dbias); dx = dy W; one pass over x and dx gives dA and adds ds A.
+For few rows the forward is a single native region, base included (`lora_linear_small`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .. import _native
+from ..reference.lora_linear import contiguous_rows
+from ..reference.philox import keep_threshold
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAX_RANK = 512
+_PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["cpu"]
+
+
+def can(meta) -> str | None:
+    x, adapters = meta
+    if _native.cpu() is None:
+        return _native.why_not_cpu()
+    if x.device.type != "cpu":
+        return f"tensors are on {x.device}"
+    if x.dtype not in _DTYPE:
+        return f"{x.dtype} is not among float32, bfloat16, float16"
+    for a in adapters:
+        if a is not None and (a.dtype not in _DTYPE or a.shape[0] > _MAX_RANK):
+            return f"a {a.dtype} of rank {a.shape[0]}: it takes float32, bfloat16 or float16, up to rank {_MAX_RANK}"
+    return None
+
+
+def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
+    native, threads = _native.cpu(), torch.get_num_threads()
+    x2, code = contiguous_rows(x), _DTYPE[x.dtype]
+    m, k = x2.shape
+    a, b = [_rows(t) for t in a], [_rows(t) for t in b]
+    ranks = [0 if t is None else t.shape[0] for t in a]
+    s = x2.new_empty(m, sum(ranks))
+    total = s.shape[1]
+    small = 0 < m <= _small_m(native, x.dtype) and dropout_p == 0.0 and k > 0
+    if not small:
+        _down(native, code, x2, s, a, ranks, dropout_p, seed, threads)
+    ys, column = [], 0
+    for i, weight in enumerate(weights):
+        bias, lora_bias, n, r = _wide(biases[i]), _wide(lora_biases[i]), weight.shape[0], ranks[i]
+        s_i = _at(s, column)
+        a_args = (_ptr(a[i]), _code(a[i]), k)
+        b_args = (_ptr(b[i]), _code(b[i]), r, _ptr(scales[i]), _stride(scales[i]))
+        if small and weight.stride(1) == 1 and n > 0:
+            y = x2.new_empty(m, n)
+            status = native.lora_linear_small(
+                code, x2.data_ptr(), m, k, k, weight.data_ptr(), weight.stride(0), n, _ptr(bias), _code(bias),
+                y.data_ptr(), n, s_i, total, r, *a_args, *b_args, _ptr(lora_bias), _code(lora_bias), threads,
+            )  # fmt: skip
+            _ok(status, "lora_linear_small", m, k, n, r)
+        else:
+            if small:
+                _down(native, code, x2, s[:, column : column + r], [a[i]], [r], 0.0, None, threads)
+            y = F.linear(x2, weight, None if biases[i] is None else biases[i].to(x.dtype))
+            if r or lora_bias is not None:
+                status = native.lora_linear_up(
+                    code, y.data_ptr(), m, n, n, s_i, total, r, *b_args, _ptr(lora_bias), _code(lora_bias), threads
+                )
+                _ok(status, "lora_linear_up", m, k, n, r)
+        ys.append(y.view(*x.shape[:-1], n))
+        column += r
+    return ys, s
+
+
+def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a, needs_b, needs_bias):
+    native, threads = _native.cpu(), torch.get_num_threads()
+    code, k = _DTYPE[s.dtype], weights[0].shape[1]
+    m, total = s.shape
+    rows = next(dy.shape[:-1] for dy in dys if dy is not None)
+    x2 = contiguous_rows(x) if any(needs_a) else None
+    a, b = [_rows(t) for t in a], [_rows(t) for t in b]
+    t = torch.empty_like(s)
+    dx, das, dbs, dbiases, projections, column = None, [], [], [], [], 0
+    for i, weight in enumerate(weights):
+        n, r = weight.shape[0], 0 if a[i] is None else a[i].shape[0]
+        da = db = dbias = None
+        if dys[i] is not None:
+            dy = contiguous_rows(dys[i])
+            if needs_x:
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            da = torch.empty_like(a[i]) if needs_a[i] else None
+            db = torch.empty_like(b[i]) if needs_b[i] else None
+            dbias = s.new_empty(n, dtype=torch.float32) if needs_bias[i] else None
+            wants_t = r and (needs_x or needs_a[i])
+            if wants_t or db is not None or dbias is not None:
+                status = native.lora_linear_grad_up(
+                    code, dy.data_ptr(), m, n, n, _at(s, column), total, r, _ptr(b[i]), _code(b[i]), r,
+                    _ptr(scales[i]), _stride(scales[i]), _at(t, column) if wants_t else 0, total,
+                    _ptr(db), _ptr(dbias), 0, threads,
+                )  # fmt: skip
+                _ok(status, "lora_linear_grad_up", m, k, n, r)
+            if wants_t:
+                projections.append((a[i].data_ptr(), _code(a[i]), r, k, column, i, _ptr(da)))
+        das.append(da)
+        dbs.append(db)
+        dbiases.append(dbias)
+        column += r
+    if projections:
+        status = native.lora_linear_grad_down(
+            code, _ptr(x2), m, k, k, _ptr(dx), k, t.data_ptr(), total, projections,
+            keep_threshold(dropout_p), dropout_p, _key(seed), threads,
+        )  # fmt: skip
+        _ok(status, "lora_linear_grad_down", m, k, 0, total)
+    return None if dx is None else dx.view(*rows, k), das, dbs, dbiases
+
+
+def _down(native, code, x2, s, a, ranks, dropout_p, seed, threads):
+    projections, column = [], 0
+    for i, r in enumerate(ranks):
+        if r:
+            projections.append((a[i].data_ptr(), _code(a[i]), r, x2.shape[1], column, i))
+        column += r
+    if projections:
+        status = native.lora_linear_down(
+            code, x2.data_ptr(), *x2.shape, x2.shape[1], s.data_ptr(), s.stride(0), projections,
+            keep_threshold(dropout_p), dropout_p, _key(seed), threads,
+        )  # fmt: skip
+        _ok(status, "lora_linear_down", *x2.shape, 0, s.shape[1])
+
+
+def _small_m(native, dtype: torch.dtype) -> int:
+    """Up to this many rows the native kernel reads the weight faster than PyTorch's GEMM does (measured)."""
+    plans = _PLANS.get(native.isa(), _PLANS["default"])
+    return plans["small_m"][str(dtype).removeprefix("torch.")]
+
+
+def _rows(t):
+    return None if t is None else t.contiguous()
+
+
+def _wide(t):
+    """A bias as the kernels take it: contiguous, one of the three dtypes."""
+    return t if t is None or (t.dtype in _DTYPE and t.is_contiguous()) else t.float().contiguous()
+
+
+def _ptr(t) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _at(s, column: int) -> int:
+    return s.data_ptr() + column * s.element_size()
+
+
+def _code(t) -> int:
+    return 0 if t is None else _DTYPE[t.dtype]
+
+
+def _stride(scale) -> int:
+    return 0 if scale is None or scale.dim() == 0 else scale.stride(0)
+
+
+def _key(seed) -> int:
+    return 0 if seed is None else int(seed)
+
+
+def _ok(status: int, kernel: str, m: int, k: int, n: int, r: int) -> None:
+    if status:
+        raise MemoryError(f"{kernel}: no memory for its workspace at M={m}, K={k}, N={n}, R={r} (status {status})")

@@ -1,0 +1,42 @@
+"""Philox4x32-10, the counter-based generator of every dropout mask (Salmon et al., SC'11, "Parallel random numbers").
+
+A mask is a function of (seed, element, projection): nothing is stored, and recomputation gives the same mask.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MASK32 = 0xFFFFFFFF
+
+
+def words(seed: torch.Tensor, shape: tuple[int, ...], projection: int = 0) -> torch.Tensor:
+    """First word of each block, int64 in [0, 2^32): key = seed (low, high), counter = (index low, high, projection, 0)."""
+    index = torch.arange(math.prod(shape), dtype=torch.int64, device=seed.device)
+    c0, c1 = index & _MASK32, index >> 32
+    c2, c3 = torch.full_like(index, projection), torch.zeros_like(index)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1  # mod 2^64; the shifts below read both halves as unsigned
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
+            p1 & _MASK32,
+            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
+            p0 & _MASK32,
+        )
+        k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
+    return c0.view(shape)
+
+
+def keep_threshold(p: float) -> int:
+    """An element is kept if its word is at least this: p·2^32, rounded up."""
+    return math.ceil(p * 2**32)
+
+
+def dropout_mask(seed: torch.Tensor, shape: tuple[int, ...], p: float, projection: int = 0) -> torch.Tensor:
+    """Bool [shape], True = keep."""
+    return words(seed, shape, projection) >= keep_threshold(p)

@@ -1,0 +1,30 @@
+"""The error rule of every numeric test: at most twice the error of the same-dtype PyTorch composition.
+
+Both errors are taken against float64. The floor of a few eps is for results that the composition happens to hit exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest absolute error."""
+    return (result.double() - exact.double()).abs().max().item() if exact.numel() else 0.0
+
+
+def assert_close(
+    result: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, name: str = "result", eps: float | None = None
+) -> None:
+    """`result` against float64 `exact`: error <= 2x that of `same_dtype` + 4 eps of the largest value.
+
+    eps: unit of the dtype that the computation ran in (an fp32 gradient of bf16 compute has bf16's), default result's own.
+    """
+    assert result.shape == exact.shape, f"{name}: shape {list(result.shape)}, expected {list(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    assert torch.isfinite(result).all(), f"{name}: NaN or Inf"
+    eps = torch.finfo(result.dtype).eps if eps is None else eps
+    allowed = 2 * error(same_dtype, exact) + 4 * eps * exact.double().abs().max().item()
+    got = error(result, exact)
+    assert got <= allowed, f"{name}: error {got:.3e}, allowed {allowed:.3e} (composition {error(same_dtype, exact):.3e})"

@@ -1,0 +1,59 @@
+"""What every test shares: backends as parameters, and a line that says which GPU tests were left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastpeft
+from fastpeft import _native
+
+
+
+
+def cpu_levels() -> list[str]:
+    """Instruction sets of the native CPU module that this machine runs."""
+    native = _native.cpu()
+    return list(native.isas()) if native else []
+
+
+BACKENDS = ["torch", *(f"cpu-{level}" for level in cpu_levels())]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Forces one backend, and one instruction set of the native CPU code."""
+    name, _, level = request.param.partition("-")
+    native = _native.cpu()
+    before = native.isa() if native else None
+    if level:
+        native.set_isa(level)
+    try:
+        with fastpeft.backend(name):
+            yield request.param
+    finally:
+        if level:
+            native.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    config.stash[_LEFT_OUT] = 0
+
+
+def pytest_collection_modifyitems(config, items):
+    """Counts the GPU tests here, before `-m` deselects them."""
+    config.stash[_LEFT_OUT] = sum(1 for item in items if item.get_closest_marker("gpu"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = config.stash[_LEFT_OUT]
+    if left_out and not torch.cuda.is_available():
+        terminalreporter.write_line(f"{left_out} GPU tests did not run: this machine has no CUDA GPU")
+
+
+_LEFT_OUT = pytest.StashKey[int]()
