@@ -8,7 +8,6 @@ Read on: `fastpeft/reference/lora_linear.py` (plain PyTorch), `fastpeft/ops/lora
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -60,6 +59,10 @@ def lora_linear(
     """
     if in_scale is not None or out_scale is not None or dropout_p == 1.0 or _wants_grad(scale):
         return _by_definition(x, weight, a, b, scale, bias, lora_bias, dropout_p, seed, in_scale, out_scale)
+    if dropout_p == 0.0:
+        y = lora_linear_cpu.lean(x, weight, a, b, scale, bias, lora_bias)
+        if y is not None:
+            return y
     call = _Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
     return _run("lora_linear", call)[0]
 
@@ -211,21 +214,14 @@ def _wants_grad(scale: Any) -> bool:
     return isinstance(scale, torch.Tensor) and scale.requires_grad
 
 
-@functools.lru_cache(maxsize=1024)
-def _cpu_constant(value: float) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=torch.float32, device="cpu")
-
-
 def _scale(scale: Any, x: torch.Tensor, plain: bool) -> torch.Tensor:
-    """float32 [] or [R] on x's device: as a tensor it can change without recompiling."""
+    """[] or [R], float32 (float64 with x), on x's device: as a tensor it can change without recompiling."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     if isinstance(scale, torch.Tensor):
-        return scale if scale.dtype == torch.float64 else scale.float()
-    if x.dtype == torch.float64:
-        return torch.full((), scale, dtype=torch.float64, device=x.device)
-    if plain and x.is_cpu:
-        return _cpu_constant(scale)
-    return torch.full((), scale, dtype=torch.float32, device=x.device)
+        return scale.to(wide)
+    if plain and x.is_cpu and wide is torch.float32:
+        return lora_linear_cpu.constant(scale)
+    return torch.full((), scale, dtype=wide, device=x.device)
 
 
 def _seed(call: _Call) -> torch.Tensor:

@@ -7,19 +7,24 @@ For few rows the forward is a single native region, base included (`lora_linear_
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from .. import _native
+from .. import _machine, _native
 from ..reference.lora_linear import contiguous_rows
 from ..reference.philox import keep_threshold
+from ._backend import forced
+from ._library import plain_call
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_RANK = 512
 _PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["cpu"]
+# Up to this many rows the native kernel reads the weight faster than PyTorch's GEMM does.
+_SMALL_M = {(isa, getattr(torch, dtype)): m for isa, by in _PLANS["small_m"].items() for dtype, m in by.items()}
 
 
 def can(meta) -> str | None:
@@ -44,7 +49,7 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
     ranks = [0 if t is None else t.shape[0] for t in a]
     s = x2.new_empty(m, sum(ranks))
     total = s.shape[1]
-    small = 0 < m <= _small_m(native, x.dtype) and dropout_p == 0.0 and k > 0
+    small = 0 < m <= _SMALL_M[native.isa(), x.dtype] and dropout_p == 0.0 and k > 0
     if not small:
         _down(native, code, x2, s, a, ranks, dropout_p, seed, threads)
     ys, column = [], 0
@@ -63,7 +68,7 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
         else:
             if small:
                 _down(native, code, x2, s[:, column : column + r], [a[i]], [r], 0.0, None, threads)
-            y = F.linear(x2, weight, None if biases[i] is None else biases[i].to(x.dtype))
+            y = _matmul(x2, weight.t(), biases[i])
             if r or lora_bias is not None:
                 status = native.lora_linear_up(
                     code, y.data_ptr(), m, n, n, s_i, total, r, *b_args, _ptr(lora_bias), _code(lora_bias), threads
@@ -72,6 +77,60 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
         ys.append(y.view(*x.shape[:-1], n))
         column += r
     return ys, s
+
+
+def lean(x, weight, a, b, scale, bias, lora_bias):
+    """A plain inference call on few rows, straight to the native kernel; None where the call is anything else.
+
+    On tiny inputs such a call is all Python, so everything that must hold is asked for at once. A wrong argument fails that
+    too and goes on to the full path, which says what is wrong.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or forced() not in ("", "cpu") or not plain_call(x):
+        return None
+    native, dtype = _native.cpu(), x.dtype
+    try:
+        (n, k), (r, a_k), (b_n, b_r) = weight.shape, a.shape, b.shape
+        rows = x.numel() // k
+        usual = (
+            native is not None
+            and 0 < rows <= _SMALL_M.get((native.isa(), dtype), 0)
+            and x.shape[-1] == k == a_k
+            and b_n == n > 0
+            and b_r == r <= _MAX_RANK
+            and weight.dtype is dtype
+            and not weight.requires_grad
+            and x.is_cpu and weight.is_cpu and a.is_cpu and b.is_cpu
+            and x.is_contiguous() and weight.is_contiguous() and a.is_contiguous() and b.is_contiguous()
+            and (bias is None or _is_vector(bias, n))
+            and (lora_bias is None or _is_vector(lora_bias, n))
+        )  # fmt: skip
+        if not usual:
+            return None
+        scale_ptr = constant(scale).data_ptr()
+        codes = _DTYPE[dtype], _DTYPE[a.dtype], _DTYPE[b.dtype]
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    y = x.new_empty((*x.shape[:-1], n))
+    status = native.lora_linear_small(
+        codes[0], x.data_ptr(), rows, k, k, weight.data_ptr(), k, n, _ptr(bias), _code(bias), y.data_ptr(), n, 0, r, r,
+        a.data_ptr(), codes[1], k, b.data_ptr(), codes[2], r, scale_ptr, 0, _ptr(lora_bias), _code(lora_bias),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _ok(status, "lora_linear_small", rows, k, n, r)
+    return y
+
+
+def _is_vector(t, n: int) -> bool:
+    return t.dim() == 1 and t.shape[0] == n and t.is_cpu and t.is_contiguous() and t.dtype in _DTYPE
+
+
+@functools.lru_cache(maxsize=1024)
+def constant(value: float) -> torch.Tensor:
+    """A number as a float32 CPU tensor, made once."""
+    if not isinstance(value, (int, float)):
+        raise TypeError("constant: a number is needed")
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=torch.float32, device="cpu")
 
 
 def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a, needs_b, needs_bias):
@@ -89,7 +148,7 @@ def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a
         if dys[i] is not None:
             dy = contiguous_rows(dys[i])
             if needs_x:
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                dx = _matmul(dy, weight, None, dx)
             da = torch.empty_like(a[i]) if needs_a[i] else None
             db = torch.empty_like(b[i]) if needs_b[i] else None
             dbias = s.new_empty(n, dtype=torch.float32) if needs_bias[i] else None
@@ -130,10 +189,37 @@ def _down(native, code, x2, s, a, ranks, dropout_p, seed, threads):
         _ok(status, "lora_linear_down", *x2.shape, 0, s.shape[1])
 
 
-def _small_m(native, dtype: torch.dtype) -> int:
-    """Up to this many rows the native kernel reads the weight faster than PyTorch's GEMM does (measured)."""
-    plans = _PLANS.get(native.isa(), _PLANS["default"])
-    return plans["small_m"][str(dtype).removeprefix("torch.")]
+def _matmul(x, w, bias=None, onto=None):
+    """x [M, K] @ w [K, N] (+ bias [N]) (+ onto [M, N], in place), by PyTorch's GEMM.
+
+    Where its bf16 GEMM is slower than its fp32 one, slabs of both operands are widened to fp32: exact products, one rounding.
+    """
+    (m, k), n = x.shape, w.shape[1]
+    if x.dtype != torch.bfloat16 or m < _PLANS["widen"]["min_m"] or not _slow_bf16():
+        if onto is not None:
+            return onto.addmm_(x, w)
+        return F.linear(x, w.t(), None if bias is None else bias.to(x.dtype))
+    rows, columns = _PLANS["widen"]["rows"], _PLANS["widen"]["columns"]
+    out = x.new_empty(m, n) if onto is None else onto
+    for m0 in range(0, m, rows):
+        wide = x[m0 : m0 + rows].float()
+        for n0 in range(0, n, columns):
+            slab, part = out[m0 : m0 + rows, n0 : n0 + columns], w[:, n0 : n0 + columns].float()
+            if onto is not None:
+                slab += wide @ part
+            elif bias is not None:
+                slab.copy_(torch.addmm(bias[n0 : n0 + columns].float(), wide, part))
+            else:
+                slab.copy_(wide @ part)
+    return out
+
+
+@functools.cache
+def _slow_bf16() -> bool:
+    """x86 without a bf16 matrix unit or a full-rate bf16 dot product: PyTorch's fp32 GEMM is faster (benches/LOG.md)."""
+    cpu = _machine.cpu()
+    full_rate = cpu["amx"] or ("AVX512-BF16" in cpu["isa"] and "AMD" in cpu["model"])
+    return cpu["architecture"] == "x86_64" and not full_rate
 
 
 def _rows(t):
@@ -162,7 +248,7 @@ def _stride(scale) -> int:
 
 
 def _key(seed) -> int:
-    return 0 if seed is None else int(seed)
+    return 0 if seed is None else int(seed) & (2**64 - 1)
 
 
 def _ok(status: int, kernel: str, m: int, k: int, n: int, r: int) -> None:

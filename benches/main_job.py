@@ -1,0 +1,308 @@
+"""The main job: LoRA fine-tuning of SmolLM2-135M on movie reviews, under PEFT and under fastpeft, side by side.
+
+    train()   the same seed and the same batches, interleaved step by step: losses and throughput
+    full()    full fine-tuning of the same model beside it: time a step, bytes to store per task
+    step()    one training step without optimizer over the frozen model: the overhead of each way
+    memory()  peak memory of each way, each in a process of its own
+
+Every function returns a line for the results file.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+
+import fastpeft as fp
+
+from . import _machine, _peers
+from ._measure import AGAIN, FROZEN, OK, Estimate, Rounds, timer_for, validity
+from ._peers import COMPOSITION, OURS, PEFT, PEFT_LOW
+from ._targets import FLOOR_ROOM, target
+
+FULL = "full fine-tuning"
+RANK, ALPHA = 16, 32
+LEARNING_RATE = 5e-4
+FULL_LEARNING_RATE = 2e-5
+WAYS = (PEFT, PEFT_LOW, OURS)
+
+Tick = Callable[[], object] | None
+
+
+def build(way: str, base: nn.Module) -> nn.Module:
+    """A model of its own over base's weights, which all share (full fine-tuning copies them): LoRA on every linear layer."""
+    if way == FULL:
+        return copy.deepcopy(base).requires_grad_(True)
+    model: nn.Module = copy.deepcopy(base, {id(p): p for p in base.parameters()}).requires_grad_(False)
+    if way in (FROZEN, AGAIN):
+        return model
+    torch.manual_seed(0)  # the same adapters in every way; PEFT draws them in fp32, then casts
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config, autocast_adapter_dtype=way != PEFT_LOW)  # type: ignore[arg-type]
+    if way == COMPOSITION:
+        _peers.use_composition(model)
+    if way == OURS:
+        fp.apply(model)
+    return model
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _size(tensors: list[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def trainer(way: str, model: nn.Module, batches: list[Tensor]) -> tuple[Callable[[], None], list[float]]:
+    """(one optimizer step on the next batch, the losses so far)."""
+    rate = FULL_LEARNING_RATE if way == FULL else LEARNING_RATE
+    optimizer = torch.optim.AdamW(trainable(model), lr=rate, weight_decay=0.0)
+    losses: list[float] = []
+
+    def step() -> None:
+        ids = batches[len(losses) % len(batches)]
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss))
+
+    return step, losses
+
+
+def loss_gaps(losses: dict[str, list[float]]) -> dict[str, float]:
+    """The largest |Δloss| to PEFT's default over the run: fastpeft's, and PEFT's own other configuration's."""
+
+    def gap(way: str) -> float:
+        return max(abs(a - b) for a, b in zip(losses[way], losses[PEFT], strict=True))
+
+    return {OURS: gap(OURS), PEFT_LOW: gap(PEFT_LOW)}
+
+
+def train(
+    base: nn.Module, batches: list[Tensor], seconds: float, *, steps: int, device: str, tick: Tick = None
+) -> dict[str, Any]:
+    """Fine-tune under each way, one step of each in turn, for `seconds` or `steps` steps (at least 3)."""
+    models = {way: build(way, base) for way in WAYS}
+    made = {way: trainer(way, model, batches) for way, model in models.items()}
+    functions = {way: step for way, (step, _) in made.items()}
+    losses = {way: list_ for way, (_, list_) in made.items()}
+    rounds = Rounds(WAYS, timer_for(device))
+    end = time.perf_counter() + seconds
+    while len(losses[PEFT]) < 3 or (len(losses[PEFT]) < steps and time.perf_counter() < end):
+        rounds.run(functions, count=len(losses[PEFT]) > 0)  # the first step allocates and warms up: loss yes, time no
+        if tick is not None:
+            tick()
+    samples = rounds.samples
+    gaps = loss_gaps(losses)
+    tokens = batches[0].numel()
+    shown = len(losses[PEFT])
+    text = f"largest |Δloss| to PEFT's default in {shown} steps, fastpeft's over that between PEFT's two configurations"
+    ratio = gaps[OURS] / gaps[PEFT_LOW] if gaps[PEFT_LOW] else float("nan")
+    floats = {way: samples.median(way) for way in WAYS}
+    return {
+        "kind": "training",
+        "key": f"training B={batches[0].shape[0]} S={batches[0].shape[1]}",
+        "steps": shown,
+        "losses": {way: [round(v, 6) for v in values] for way, values in losses.items()},
+        "gaps": gaps,
+        "samples": samples.as_json(),
+        "tokens_per_step": tokens,
+        "tokens_per_second": {way: tokens / value for way, value in floats.items()},
+        "throughput": {way: samples.ratio(way, OURS).as_json() for way in (PEFT, PEFT_LOW)},
+        "stored_bytes": {way: _size(trainable(model)) for way, model in models.items()},
+        "report": str(_report_summary(models[OURS])),
+        "targets": [target(text, 2.0, Estimate.exact(ratio), (OK, "a count")).as_json()],
+    }
+
+
+def _report_summary(model: nn.Module) -> str:
+    return str(fp.apply(model)).splitlines()[0]
+
+
+def full(base: nn.Module, batches: list[Tensor], seconds: float, *, device: str, tick: Tick = None) -> dict[str, Any]:
+    """A few steps of full fine-tuning (AdamW, all in the model's dtype) between steps of LoRA under fastpeft."""
+    ways = (OURS, FULL)
+    models = {way: build(way, base) for way in ways}
+    functions = {way: trainer(way, models[way], batches)[0] for way in ways}
+    rounds = Rounds(ways, timer_for(device))
+    rounds.run(functions, count=False)
+    end = time.perf_counter() + seconds
+    while rounds.samples.rounds < 3 or (time.perf_counter() < end and rounds.samples.kept < 30):
+        rounds.run(functions)
+        if tick is not None:
+            tick()
+    return {
+        "kind": "full",
+        "key": f"full fine-tuning B={batches[0].shape[0]} S={batches[0].shape[1]}",
+        "samples": rounds.samples.as_json(),
+        "time": rounds.samples.ratio(FULL, OURS).as_json(),
+        "stored_bytes": {way: _size(trainable(model)) for way, model in models.items()},
+    }
+
+
+def gradients(model: nn.Module, ids: Tensor) -> None:
+    """Forward and backward without optimizer, with gradients to the embedding output; gradients are thrown away."""
+    embed = model.get_input_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        embedded = embed(ids)
+    embedded.requires_grad_()
+    model(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
+    for parameter in trainable(model):
+        parameter.grad = None
+
+
+def lora_flops(model: nn.Module, tokens: int) -> int:
+    """What the adapters add to a forward and backward pass."""
+    layers = [m for m in model.modules() if isinstance(m, PeftLinear)]
+    return sum(6 * tokens * RANK * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def step(
+    base: nn.Module, ids: Tensor, seconds: float, *, label: str, device: str, most: int = 60, tick: Tick = None
+) -> dict[str, Any]:
+    """Overhead over the frozen model of one step without optimizer, for each way and the composition."""
+    ways = (FROZEN, PEFT, PEFT_LOW, COMPOSITION, OURS)
+    models = {way: build(way, base) for way in ways}
+    models[AGAIN] = models[FROZEN]
+    functions = {way: (lambda model=model: gradients(model, ids)) for way, model in models.items()}
+    rounds = Rounds(list(functions), timer_for(device))
+    end = time.perf_counter() + seconds
+    rounds.run(functions, count=False)
+    while rounds.samples.rounds < 2 or (time.perf_counter() < end and rounds.samples.kept < most):
+        rounds.run(functions)
+        if tick is not None:
+            tick()
+    samples = rounds.samples
+    name = f"{label} training step B={ids.shape[0]} S={ids.shape[1]}, all linear, r={RANK}"
+    dtype = next(base.parameters()).dtype
+    floor = lora_flops(models[OURS], ids.numel()) / _machine.matmul_rate(dtype, device) / samples.median(FROZEN)
+    targets = []
+    for peer, limit in ((PEFT, 0.2), (COMPOSITION, 0.7)):
+        overhead = samples.overhead(peer).median
+        state = validity(samples, limit * overhead)
+        ratio = samples.overhead_ratio(OURS, peer)
+        bound = FLOOR_ROOM * floor / overhead if overhead > 0 else None
+        targets.append(target(f"{name}: overhead over {peer}'s", limit, ratio, state, bound).as_json())
+    peers = (PEFT, PEFT_LOW, COMPOSITION)
+    return {
+        "kind": "step",
+        "key": name,
+        "samples": samples.as_json(),
+        "overhead": {way: samples.overhead(way).as_json() for way in (*peers, OURS)},
+        "overhead_ratio": {way: samples.overhead_ratio(OURS, way).as_json() for way in peers},
+        "time": {way: samples.ratio(OURS, way).as_json() for way in peers},
+        "floor_overhead": floor,
+        "aa": samples.ratio(AGAIN, FROZEN).as_json(),
+        "validity": list(validity(samples, samples.overhead(PEFT).median)),
+        "targets": targets,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def _resident(field: str) -> int | None:
+    """VmRSS or VmHWM (its peak) of this process in bytes; None off Linux."""
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+    except (OSError, StopIteration):
+        return None
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, so that a resident size is a live size."""
+    import ctypes
+
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library
+
+
+def memory_worker(way: str, where: str, dtype: str, device: str, ids_json: str) -> dict[str, Any]:
+    """Peak memory of a step net of the loaded model, in this process; with optimizer state for full fine-tuning."""
+    from ._smollm2 import load
+
+    ids = torch.tensor(json.loads(ids_json), device=device)
+    model = build(way, load(where, getattr(torch, dtype), device))
+    gc.collect()
+    gradients(model, ids[:1, :8])  # code, thread stacks and the like
+    optimizer = torch.optim.AdamW(trainable(model)) if way == FULL else None
+
+    def once() -> None:
+        if optimizer is None:
+            gradients(model, ids)
+            return
+        for _ in range(2):  # the second one has the optimizer's state beside its activations
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before: int | None = torch.cuda.memory_allocated()
+        once()
+        after: int | None = torch.cuda.max_memory_allocated()
+    else:
+        _trim()
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # forget the peak so far
+        except OSError:
+            pass  # then loading must have peaked below the step, which it does
+        before = _resident("VmRSS")
+        once()
+        after = _resident("VmHWM")
+    net = None if before is None or after is None else after - before
+    return {"net_bytes": net, "trainable_bytes": _size(trainable(model))}
+
+
+def memory(
+    where: str, ids: Tensor, *, dtype: torch.dtype, device: str, ways: tuple[str, ...], tick: Tick = None
+) -> dict[str, Any]:
+    """Peak memory net of the loaded model, each way in a fresh process."""
+    found: dict[str, Any] = {}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # tensors go back to the system when freed: resident = live
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "TQDM_DISABLE": "1",
+    }
+    for way in ways:
+        arguments = [way, where, str(dtype).removeprefix("torch."), device, json.dumps(ids.tolist())]
+        run = subprocess.run(
+            [sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, env=environment
+        )
+        if run.returncode:
+            raise RuntimeError(f"measuring the memory of {way} failed:\n{run.stderr[-2000:]}")
+        found[way] = json.loads(run.stdout.splitlines()[-1])
+        if tick is not None:
+            tick()
+    name = f"peak memory of a step net of the model, B={ids.shape[0]} S={ids.shape[1]}"
+    net = {way: data["net_bytes"] for way, data in found.items()}
+    targets = []
+    if net.get(OURS) and net.get(PEFT):
+        ratio = Estimate.exact(net[OURS] / net[PEFT])
+        targets.append(target(f"{name}: fastpeft over PEFT", 0.65, ratio, (OK, "resident peak")).as_json())
+    return {"kind": "memory", "key": name, "memory": found, "targets": targets}
+
+
+if __name__ == "__main__":
+    print(json.dumps(memory_worker(*sys.argv[1:6])))

@@ -1,0 +1,158 @@
+// The Python face of the native CPU kernels: pointers come as ints, row strides in elements, 0 for an absent pointer.
+// fastpeft/_native.py loads it; nothing here knows torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <stdlib.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "lora_linear.h"
+
+#ifndef FASTPEFT_BUILD_ID
+#define FASTPEFT_BUILD_ID "unstamped"
+#endif
+
+namespace py = pybind11;
+using namespace fastpeft;
+
+static std::vector<std::string> isas() {
+  std::vector<std::string> all;
+  for (int i = 0; i < ISA_COUNT; ++i)
+    if (runnable((Isa)i)) all.push_back(name((Isa)i));
+  return all;
+}
+
+static std::string choices() {
+  std::string text;
+  for (const std::string& isa : isas()) text += (text.empty() ? "" : ", ") + isa;
+  return text;
+}
+
+static void set_isa_by_name(const std::string& text) {
+  Isa isa;
+  if (!parse(text.c_str(), &isa) || !runnable(isa))
+    throw py::value_error("set_isa: this machine runs " + choices() + ", got '" + text + "'");
+  set_isa(isa);
+}
+
+static const LoraLinearKernels& lora_linear() {
+  switch (current_isa()) {
+#ifdef __x86_64__
+    case Isa::AVX512BF16: return lora_linear_avx512bf16;
+    case Isa::AVX512: return lora_linear_avx512;
+    case Isa::AVX2: return lora_linear_avx2;
+#endif
+    default: return lora_linear_scalar;
+  }
+}
+
+using Pointer = uintptr_t;
+
+static Matrix matrix(Pointer data, int64_t ld, int dtype) { return {(void*)data, ld, dtype}; }
+static Vector vector(Pointer data, int dtype) { return {(const void*)data, dtype}; }
+static Scale scale_of(Pointer data, int64_t stride) { return {(const float*)data, stride}; }
+
+// (a, a_dtype, R, lda, column, index) and, where gradients are wanted, da
+using DownProjection = std::tuple<Pointer, int, int64_t, int64_t, int64_t, uint32_t>;
+using GradProjection = std::tuple<Pointer, int, int64_t, int64_t, int64_t, uint32_t, Pointer>;
+
+static Projection projection(const DownProjection& p) {
+  const auto& [a, dtype, R, lda, column, index] = p;
+  return {matrix(a, lda, dtype), R, column, index, nullptr};
+}
+static Projection projection(const GradProjection& p) {
+  const auto& [a, dtype, R, lda, column, index, da] = p;
+  return {matrix(a, lda, dtype), R, column, index, (void*)da};
+}
+template <class Tuple>
+static std::vector<Projection> projections_of(const std::vector<Tuple>& tuples) {
+  std::vector<Projection> all;
+  for (const Tuple& t : tuples) all.push_back(projection(t));
+  return all;
+}
+
+static int down(int dtype, Pointer x, int64_t M, int64_t K, int64_t ldx, Pointer s, int64_t lds,
+                const std::vector<DownProjection>& projections, uint64_t keep_threshold, double p, uint64_t seed,
+                int threads) {
+  const std::vector<Projection> all = projections_of(projections);
+  return lora_linear().down({M, K, matrix(x, ldx, dtype), matrix(s, lds, dtype), all.data(), (int)all.size(),
+                             {keep_threshold, p, seed}, threads});
+}
+
+static int up(int dtype, Pointer y, int64_t M, int64_t N, int64_t ldy, Pointer s, int64_t lds, int64_t R, Pointer b,
+              int b_dtype, int64_t ldb, Pointer scale, int64_t scale_stride, Pointer bias, int bias_dtype, int threads) {
+  return lora_linear().up({M, N, R, matrix(y, ldy, dtype), matrix(s, lds, dtype), matrix(b, ldb, b_dtype),
+                           scale_of(scale, scale_stride), vector(bias, bias_dtype), threads});
+}
+
+static int grad_up(int dtype, Pointer dy, int64_t M, int64_t N, int64_t lddy, Pointer s, int64_t lds, int64_t R, Pointer b,
+                   int b_dtype, int64_t ldb, Pointer scale, int64_t scale_stride, Pointer t, int64_t ldt, Pointer db,
+                   Pointer dbias, int dbias_dtype, int threads) {
+  return lora_linear().grad_up({M, N, R, matrix(dy, lddy, dtype), matrix(s, lds, dtype), matrix(b, ldb, b_dtype),
+                                scale_of(scale, scale_stride), matrix(t, ldt, dtype), (void*)db, (void*)dbias, dbias_dtype,
+                                threads});
+}
+
+static int grad_down(int dtype, Pointer x, int64_t M, int64_t K, int64_t ldx, Pointer dx, int64_t lddx, Pointer t,
+                     int64_t ldt, const std::vector<GradProjection>& projections, uint64_t keep_threshold, double p,
+                     uint64_t seed, int threads) {
+  const std::vector<Projection> all = projections_of(projections);
+  return lora_linear().grad_down({M, K, matrix(x, ldx, dtype), matrix(dx, lddx, dtype), matrix(t, ldt, dtype), all.data(),
+                                  (int)all.size(), {keep_threshold, p, seed}, threads});
+}
+
+static int small(int dtype, Pointer x, int64_t M, int64_t K, int64_t ldx, Pointer w, int64_t ldw, int64_t N, Pointer bias,
+                 int bias_dtype, Pointer y, int64_t ldy, Pointer s, int64_t lds, int64_t R, Pointer a, int a_dtype,
+                 int64_t lda, Pointer b, int b_dtype, int64_t ldb, Pointer scale, int64_t scale_stride, Pointer lora_bias,
+                 int lora_bias_dtype, int threads) {
+  return lora_linear().small({M, K, N, R, matrix(x, ldx, dtype), matrix(w, ldw, dtype), matrix(y, ldy, dtype),
+                              matrix(s, lds, dtype), matrix(a, lda, a_dtype), matrix(b, ldb, b_dtype),
+                              scale_of(scale, scale_stride), vector(bias, bias_dtype), vector(lora_bias, lora_bias_dtype),
+                              threads});
+}
+
+static void philox_words(uint64_t seed, uint64_t start, int64_t count, uint32_t projection, Pointer out) {
+  lora_linear().philox_words(seed, start, count, projection, (uint32_t*)out);
+}
+
+PYBIND11_MODULE(_cpu_checked, m) {
+  using namespace py::literals;
+  m.doc() = "Native CPU kernels of fastpeft: see csrc/lora_linear.h for what each function computes.";
+  m.attr("build_id") = FASTPEFT_BUILD_ID;
+  m.def("isas", isas, "Instruction sets compiled in that run on this machine, worst to best.");
+  m.def("isa", [] { return std::string(name(current_isa())); }, "The instruction set in use.");
+  m.def("set_isa", set_isa_by_name, "name"_a);
+
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def("lora_linear_down", down, no_gil, "dtype"_a, "x"_a, "M"_a, "K"_a, "ldx"_a, "s"_a, "lds"_a, "projections"_a,
+        "keep_threshold"_a, "p"_a, "seed"_a, "threads"_a);
+  m.def("lora_linear_up", up, no_gil, "dtype"_a, "y"_a, "M"_a, "N"_a, "ldy"_a, "s"_a, "lds"_a, "R"_a, "b_ptr"_a, "b_dtype"_a,
+        "ldb"_a, "scale_ptr"_a, "scale_stride"_a, "bias_ptr"_a, "bias_dtype"_a, "threads"_a);
+  m.def("lora_linear_grad_up", grad_up, no_gil, "dtype"_a, "dy"_a, "M"_a, "N"_a, "lddy"_a, "s"_a, "lds"_a, "R"_a, "b_ptr"_a,
+        "b_dtype"_a, "ldb"_a, "scale_ptr"_a, "scale_stride"_a, "t"_a, "ldt"_a, "db_ptr"_a, "dbias_ptr"_a, "dbias_dtype"_a,
+        "threads"_a);
+  m.def("lora_linear_grad_down", grad_down, no_gil, "dtype"_a, "x"_a, "M"_a, "K"_a, "ldx"_a, "dx"_a, "lddx"_a, "t"_a, "ldt"_a,
+        "projections"_a, "keep_threshold"_a, "p"_a, "seed"_a, "threads"_a);
+  m.def("lora_linear_small", small, no_gil, "dtype"_a, "x"_a, "M"_a, "K"_a, "ldx"_a, "w"_a, "ldw"_a, "N"_a, "bias_ptr"_a,
+        "bias_dtype"_a, "y"_a, "ldy"_a, "s"_a, "lds"_a, "R"_a, "a_ptr"_a, "a_dtype"_a, "lda"_a, "b_ptr"_a, "b_dtype"_a, "ldb"_a,
+        "scale_ptr"_a, "scale_stride"_a, "lora_bias_ptr"_a, "lora_bias_dtype"_a, "threads"_a);
+  m.def("philox_words", philox_words, no_gil, "seed"_a, "start"_a, "count"_a, "projection"_a, "out_ptr"_a);
+}
+
+// FASTPEFT_CPU_ISA caps the level, read once at import. It is checked here because pybind11 turns whatever its own
+// initialiser raises into an ImportError, and a misspelt variable is a ValueError.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__cpu() {
+  const char* cap = getenv("FASTPEFT_CPU_ISA");
+  if (cap && *cap) {
+    Isa isa;
+    if (!parse(cap, &isa)) {
+      PyErr_Format(PyExc_ValueError, "FASTPEFT_CPU_ISA must be one of scalar, avx2, avx512, avx512bf16, got '%s'", cap);
+      return nullptr;
+    }
+    set_isa(best_isa(isa));
+  }
+  return PyInit__cpu_checked();
+}

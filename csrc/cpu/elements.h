@@ -1,0 +1,26 @@
+// The element types of tensors, and what each vec_<isa>.h must offer for them (all in an anonymous namespace: each
+// instruction set's object keeps its own copy, so that none can leak into an object for older machines):
+//   W            fp32 lanes of a vector V;  MAX_VECS, ROWS_1, ROWS_2, ROWS_3: shapes of tile_gemm's register blocks
+//   V            zero() set1(f) load(p) store(p, v) load_partial(p, n) store_partial(p, v, n) add mul fma(a, b, c) sum(v)
+//                (p: float*, bf16* or f16*; n in 1 .. W-1 elements, nothing beyond them is touched; other lanes load as 0)
+//   U            W/2 lanes of 64 bits: uset1(u) uevens() uadd mul32(a, b) (low halves) shr32(a) xor2 xor3
+//   keep(even, odd, threshold, value)   V: value where the 32-bit word >= threshold, else 0
+//   words(out, even, odd)               the W words themselves
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "../tensor.h"
+
+#define FP_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+}  // namespace

@@ -1,0 +1,35 @@
+// The table of one instruction set: each pass for the three compute dtypes. Included last by lora_linear_<isa>.cpp.
+#pragma once
+#include "lora_linear_kernels.h"
+#include "lora_linear_small_kernels.h"
+
+namespace {
+
+#define FASTPEFT_BY_DTYPE(kernel, args, dtype)     \
+  switch (dtype) {                                 \
+    case FLOAT32: return kernel<float>(args);      \
+    case BFLOAT16: return kernel<bf16>(args);      \
+    case FLOAT16: return kernel<f16>(args);        \
+  }                                                \
+  return BAD_DTYPE
+
+int down_any(const LoraLinearDown& d) { FASTPEFT_BY_DTYPE(down, d, d.x.dtype); }
+int up_any(const LoraLinearUp& u) { FASTPEFT_BY_DTYPE(up, u, u.y.dtype); }
+int grad_up_any(const LoraLinearGradUp& u) { FASTPEFT_BY_DTYPE(grad_up, u, u.dy.dtype); }
+int grad_down_any(const LoraLinearGradDown& d) { FASTPEFT_BY_DTYPE(grad_down, d, d.t.dtype); }
+int small_any(const LoraLinearSmall& d) {
+  if (d.M > SMALL_MAX_M) return BAD_SIZE;
+  FASTPEFT_BY_DTYPE(small, d, d.x.dtype);
+}
+
+void philox_words(uint64_t seed, uint64_t start, int64_t count, uint32_t projection, uint32_t* out) {
+  for_each_word(seed, start, count, projection, [&](int64_t i, U even, U odd) {
+    uint32_t some[W];
+    words(some, even, odd);
+    memcpy(out + i, some, (size_t)smaller(W, count - i) * sizeof(uint32_t));
+  });
+}
+
+constexpr LoraLinearKernels TABLE = {down_any, up_any, grad_up_any, grad_down_any, small_any, philox_words};
+
+}  // namespace

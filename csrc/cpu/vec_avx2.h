@@ -1,0 +1,86 @@
+// AVX2 with FMA and F16C.
+#pragma once
+#include <immintrin.h>
+
+#include "elements.h"
+
+namespace {
+
+using V = __m256;
+using U = __m256i;
+constexpr int W = 8;
+constexpr int MAX_VECS = 3;  // 16 registers: 4 rows x 3 vectors
+constexpr int ROWS_1 = 8, ROWS_2 = 4, ROWS_3 = 4;
+
+FP_INLINE V zero() { return _mm256_setzero_ps(); }
+FP_INLINE V set1(float f) { return _mm256_set1_ps(f); }
+FP_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
+FP_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+FP_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+FP_INLINE float sum(V a) {
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+
+FP_INLINE __m256i first(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+FP_INLINE V from_bits(__m128i u, bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(u), 16)); }
+FP_INLINE V from_bits(__m128i u, f16) { return _mm256_cvtph_ps(u); }
+FP_INLINE __m128i to_bits(V v, f16) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FP_INLINE __m128i to_bits(V v, bf16) {
+  // round to nearest even: add 0x7fff and the lowest kept bit, drop the low half; NaN stays NaN
+  const __m256i u = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i r = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+
+FP_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
+FP_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+FP_INLINE V load_partial(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+FP_INLINE void store_partial(float* p, V v, int n) { _mm256_maskstore_ps(p, first(n), v); }
+
+template <class T>
+FP_INLINE V load(const T* p) {
+  return from_bits(_mm_loadu_si128((const __m128i*)p), T());
+}
+template <class T>
+FP_INLINE void store(T* p, V v) {
+  _mm_storeu_si128((__m128i*)p, to_bits(v, T()));
+}
+template <class T>
+FP_INLINE V load_partial(const T* p, int n) {
+  T full[W] = {};
+  for (int i = 0; i < n; ++i) full[i] = p[i];
+  return load(full);
+}
+template <class T>
+FP_INLINE void store_partial(T* p, V v, int n) {
+  T full[W];
+  store(full, v);
+  for (int i = 0; i < n; ++i) p[i] = full[i];
+}
+
+FP_INLINE U uset1(uint64_t u) { return _mm256_set1_epi64x((long long)u); }
+FP_INLINE U uadd(U a, U b) { return _mm256_add_epi64(a, b); }
+FP_INLINE U uevens() { return _mm256_set_epi64x(6, 4, 2, 0); }
+FP_INLINE U mul32(U a, U b) { return _mm256_mul_epu32(a, b); }
+FP_INLINE U shr32(U a) { return _mm256_srli_epi64(a, 32); }
+FP_INLINE U xor2(U a, U b) { return _mm256_xor_si256(a, b); }
+FP_INLINE U xor3(U a, U b, U c) { return xor2(xor2(a, b), c); }
+
+// the low halves of even and odd, interleaved: W words in order
+FP_INLINE __m256i interleave(U even, U odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
+FP_INLINE V keep(U even, U odd, uint32_t threshold, float value) {
+  const __m256i u = interleave(even, odd);  // unsigned u >= threshold: max(u, threshold) == u
+  const __m256i kept = _mm256_cmpeq_epi32(_mm256_max_epu32(u, _mm256_set1_epi32((int)threshold)), u);
+  return _mm256_and_ps(_mm256_castsi256_ps(kept), set1(value));
+}
+FP_INLINE void words(uint32_t* out, U even, U odd) { _mm256_storeu_si256((__m256i*)out, interleave(even, odd)); }
+
+}  // namespace

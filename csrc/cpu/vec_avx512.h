@@ -1,0 +1,83 @@
+// AVX-512 (F, BW, VL, DQ), with the native bf16 rounding where the compiler was given -mavx512bf16.
+#pragma once
+#include <immintrin.h>
+
+#include "elements.h"
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's own avx512fintrin.h (GCC bug 105593)
+
+namespace {
+
+using V = __m512;
+using U = __m512i;
+constexpr int W = 16;
+constexpr int MAX_VECS = 6;  // 32 registers: 4 rows x 6 vectors, 8 x 3, 16 x 1
+constexpr int ROWS_1 = 16, ROWS_2 = 8, ROWS_3 = 8;
+
+FP_INLINE V zero() { return _mm512_setzero_ps(); }
+FP_INLINE V set1(float f) { return _mm512_set1_ps(f); }
+FP_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+FP_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+FP_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+FP_INLINE float sum(V a) { return _mm512_reduce_add_ps(a); }
+
+FP_INLINE __mmask16 first(int n) { return (__mmask16)((1u << n) - 1); }
+
+FP_INLINE V from_bits(__m256i u, bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(u), 16)); }
+FP_INLINE V from_bits(__m256i u, f16) { return _mm512_cvtph_ps(u); }
+FP_INLINE __m256i to_bits(V v, f16) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FP_INLINE __m256i to_bits(V v, bf16) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  // round to nearest even: add 0x7fff and the lowest kept bit, drop the low half; NaN stays NaN
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+#endif
+}
+
+FP_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+FP_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+FP_INLINE V load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+FP_INLINE void store_partial(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+
+template <class T>
+FP_INLINE V load(const T* p) {
+  return from_bits(_mm256_loadu_si256((const __m256i*)p), T());
+}
+template <class T>
+FP_INLINE void store(T* p, V v) {
+  _mm256_storeu_si256((__m256i*)p, to_bits(v, T()));
+}
+template <class T>
+FP_INLINE V load_partial(const T* p, int n) {
+  return from_bits(_mm256_maskz_loadu_epi16(first(n), p), T());
+}
+template <class T>
+FP_INLINE void store_partial(T* p, V v, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), to_bits(v, T()));
+}
+
+FP_INLINE U uset1(uint64_t u) { return _mm512_set1_epi64((long long)u); }
+FP_INLINE U uadd(U a, U b) { return _mm512_add_epi64(a, b); }
+FP_INLINE U uevens() { return _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0); }
+FP_INLINE U mul32(U a, U b) { return _mm512_mul_epu32(a, b); }
+FP_INLINE U shr32(U a) { return _mm512_srli_epi64(a, 32); }
+FP_INLINE U xor2(U a, U b) { return _mm512_xor_si512(a, b); }
+FP_INLINE U xor3(U a, U b, U c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+
+// the low halves of even and odd, interleaved: W words in order
+FP_INLINE __m512i interleave(U even, U odd) {
+  return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, (_MM_PERM_ENUM)0xA0);
+}
+FP_INLINE V keep(U even, U odd, uint32_t threshold, float value) {
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(interleave(even, odd), _mm512_set1_epi32((int)threshold)),
+                             set1(value));
+}
+FP_INLINE void words(uint32_t* out, U even, U odd) { _mm512_storeu_si512(out, interleave(even, odd)); }
+
+}  // namespace

@@ -1,0 +1,101 @@
+// Any machine: the compiler's own 4-lane vectors (SSE2 on x86-64, NEON on ARM), conversions element by element.
+#pragma once
+#include "elements.h"
+
+namespace {
+
+typedef float V __attribute__((vector_size(16)));
+typedef uint64_t U __attribute__((vector_size(16)));
+constexpr int W = 4;
+constexpr int MAX_VECS = 3;
+constexpr int ROWS_1 = 8, ROWS_2 = 4, ROWS_3 = 4;
+
+FP_INLINE V set1(float f) { return V{f, f, f, f}; }
+FP_INLINE V zero() { return set1(0.0f); }
+FP_INLINE V add(V a, V b) { return a + b; }
+FP_INLINE V mul(V a, V b) { return a * b; }
+FP_INLINE V fma(V a, V b, V c) { return a * b + c; }
+FP_INLINE float sum(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+FP_INLINE uint32_t bits_of(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+FP_INLINE float float_of(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+FP_INLINE float to_float(bf16 e) { return float_of((uint32_t)e.bits << 16); }
+FP_INLINE void from_float(bf16& e, float f) {
+  // round to nearest even: add 0x7fff and the lowest kept bit, drop the low half; NaN stays NaN
+  const uint32_t u = bits_of(f);
+  e.bits = f != f ? (uint16_t)0x7fc0 : (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+FP_INLINE float to_float(f16 e) {
+  // exponent and fraction moved into place, then rescaled by 2^112: right for subnormals too
+  const uint32_t magnitude = (uint32_t)(e.bits & 0x7fff) << 13, sign = (uint32_t)(e.bits & 0x8000) << 16;
+  const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;  // Inf, NaN
+  return float_of(bits_of(float_of(magnitude) * float_of(0x77800000u)) | special | sign);
+}
+FP_INLINE void from_float(f16& e, float f) {
+  // Adding a power of two 13 bits above the last kept bit rounds to nearest even in the adder (FP16 library, Dukhan).
+  const uint32_t u = bits_of(f), twice = u + u, sign = (u >> 16) & 0x8000u;
+  uint32_t exponent = twice & 0xff000000u;
+  if (exponent < 0x71000000u) exponent = 0x71000000u;
+  const float base = (float_of(u & 0x7fffffffu) * float_of(0x77800000u)) * float_of(0x08800000u);
+  const uint32_t r = bits_of(float_of((exponent >> 1) + 0x07800000u) + base);
+  const uint32_t magnitude = ((r >> 13) & 0x7c00u) + (r & 0x0fffu);
+  e.bits = (uint16_t)(sign | (twice > 0xff000000u ? 0x7e00u : magnitude));
+}
+FP_INLINE float to_float(float e) { return e; }
+FP_INLINE void from_float(float& e, float f) { e = f; }
+
+template <class T>
+FP_INLINE V load_partial(const T* p, int n) {
+  V v = zero();
+  for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+template <class T>
+FP_INLINE void store_partial(T* p, V v, int n) {
+  for (int i = 0; i < n; ++i) from_float(p[i], v[i]);
+}
+template <class T>
+FP_INLINE V load(const T* p) {
+  return V{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+template <class T>
+FP_INLINE void store(T* p, V v) {
+  store_partial(p, v, W);
+}
+FP_INLINE V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FP_INLINE void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+
+FP_INLINE U uset1(uint64_t u) { return U{u, u}; }
+FP_INLINE U uadd(U a, U b) { return a + b; }
+FP_INLINE U uevens() { return U{0, 2}; }
+FP_INLINE U mul32(U a, U b) { return U{(uint64_t)(uint32_t)a[0] * (uint32_t)b[0], (uint64_t)(uint32_t)a[1] * (uint32_t)b[1]}; }
+FP_INLINE U shr32(U a) { return a >> 32; }
+FP_INLINE U xor2(U a, U b) { return a ^ b; }
+FP_INLINE U xor3(U a, U b, U c) { return a ^ b ^ c; }
+
+FP_INLINE void words(uint32_t* out, U even, U odd) {
+  for (int i = 0; i < 2; ++i) out[2 * i] = (uint32_t)even[i], out[2 * i + 1] = (uint32_t)odd[i];
+}
+FP_INLINE V keep(U even, U odd, uint32_t threshold, float value) {
+  uint32_t u[W];
+  words(u, even, odd);
+  V v;
+  for (int i = 0; i < W; ++i) v[i] = u[i] >= threshold ? value : 0.0f;
+  return v;
+}
+
+}  // namespace

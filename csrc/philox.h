@@ -1,0 +1,16 @@
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11), as fastpeft uses it:
+// key = seed (low word, high word), counter = (flat index low, high, projection, 0), and only the first word of the
+// result counts: an element is kept where word >= ceil(p * 2^32).
+//
+// One round of (c0, c1, c2, c3) under the key (k0, k1), which grows by (W0, W1) from round to round:
+//   c0' = hi(M1 * c2) ^ c1 ^ k0    c1' = lo(M1 * c2)    c2' = hi(M0 * c0) ^ c3 ^ k1    c3' = lo(M0 * c0)
+#pragma once
+#include <stdint.h>
+
+namespace philox {
+
+constexpr uint32_t M0 = 0xD2511F53u, M1 = 0xCD9E8D57u;  // multipliers
+constexpr uint32_t W0 = 0x9E3779B9u, W1 = 0xBB67AE85u;  // key increments
+constexpr int ROUNDS = 10;
+
+}  // namespace philox

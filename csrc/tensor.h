@@ -1,0 +1,32 @@
+// How the C interfaces of all ops speak of tensors.
+#pragma once
+#include <stdint.h>
+
+namespace fastpeft {
+
+enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Status : int { OK = 0, OUT_OF_MEMORY = 1, BAD_DTYPE = 2, BAD_SIZE = 3 };
+
+struct Matrix {
+  void* data;  // null: absent
+  int64_t ld;  // elements from one row to the next
+  int dtype;
+};
+
+struct Vector {
+  const void* data;  // null: absent
+  int dtype;
+};
+
+struct Scale {
+  const float* data;
+  int64_t stride;  // 1: one value a rank; 0: one value for all
+};
+
+struct Dropout {
+  uint64_t keep_threshold;  // ceil(p · 2³²); 0: no dropout
+  double p;
+  uint64_t seed;
+};
+
+}  // namespace fastpeft

@@ -1,0 +1,1 @@
+"""Other libraries' models on fastpeft's ops: Hugging Face PEFT (`peft.py`)."""

@@ -1,0 +1,143 @@
+"""When a PEFT LoRA layer may take the fast path: a question of its state and of x's metadata, asked at every call.
+
+The fast path calls past `base_layer()`, `lora_A()`, `lora_B()` and `lora_dropout()`. That is legal only while nobody
+would notice: no hooks, no parametrisations, no sharded or offloaded weights, no forward but PyTorch's own in them.
+Nothing is cached, so nothing is ever stale.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_LINEAR_FORWARD = nn.Linear.forward
+
+
+class Adapter(NamedTuple):
+    """a [R, K], b [N, R], bias [N] or None; scaling a number or a 0-dim tensor."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None
+    scaling: float | torch.Tensor
+
+
+class Terms(NamedTuple):
+    """What a layer computes now: the parameters themselves, so that two of them can be compared by identity."""
+
+    weight: torch.Tensor  # [N, K], or [K, N] where transposed (transformers' Conv1D)
+    transposed: bool
+    bias: torch.Tensor | None
+    dropout_p: float
+    adapters: tuple[Adapter, ...]
+
+
+def terms(layer: PeftLinear) -> Terms | str:
+    """What the layer computes now, or the reason why it must run PEFT's own code."""
+    own = layer.__dict__
+    if own["_disable_adapters"]:
+        return "its adapters are disabled"
+    if own["merged_adapters"]:
+        return "its adapters are merged"
+    if "forward" in own:
+        return "it has a forward of its own (accelerate's hooks do that)"
+    modules = own["_modules"]
+    base = modules["base_layer"]
+    kind = type(base)
+    if kind is not nn.Linear and kind is not Conv1D:
+        return f"its base layer is a {kind.__name__}"
+    if _noticed(base):
+        return "its base layer has hooks, or a forward of its own"
+    held = base.__dict__["_parameters"]
+    weight, bias = held.get("weight"), held.get("bias")
+    if type(weight) is not nn.Parameter or not (bias is None or type(bias) is nn.Parameter):
+        return "its base weight is not a plain parameter (sharded, quantised or replicated)"
+    if weight.requires_grad:
+        return "its base weight requires grad"
+    if weight.dtype not in DTYPES or weight.is_meta:
+        return f"its base weight is {weight.dtype} on {weight.device}"
+    if nn.Linear.forward is not _LINEAR_FORWARD or _has_any_global_hook():
+        return "there are hooks on every nn.Module, or another nn.Linear.forward"
+    active = own["_active_adapter"]
+    downs, ups, dropouts = (modules[part].__dict__["_modules"] for part in ("lora_A", "lora_B", "lora_dropout"))
+    adapters, dropout_p = [], 0.0
+    for name in (active,) if type(active) is str else active:
+        if name not in downs:
+            continue
+        if name in own["lora_variant"]:
+            return f"adapter {name!r} is a variant ({type(own['lora_variant'][name]).__name__})"
+        dropout = dropouts[name]
+        adapter = _adapter(downs[name], ups[name], dropout, own["scaling"][name])
+        if type(adapter) is str:
+            return f"adapter {name!r} {adapter}"
+        adapters.append(adapter)
+        if type(dropout) is nn.Dropout and dropout.training:
+            dropout_p = max(dropout_p, dropout.p)
+    if not adapters:
+        return "no adapter of it is active"
+    if dropout_p and len(adapters) > 1:
+        return "several adapters with dropout are active in training"
+    return Terms(weight, kind is Conv1D, bias, dropout_p, tuple(adapters))
+
+
+def _adapter(down: nn.Module, up: nn.Module, dropout: nn.Module, scaling: object) -> Adapter | str:
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return f"is made of {type(down).__name__} and {type(up).__name__}"
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace or dropout.p >= 1.0):
+        return f"has {dropout} as its dropout"
+    if _noticed(down) or _noticed(up) or _noticed(dropout):
+        return "has hooks, or a forward of its own"
+    held_a, held_b = down.__dict__["_parameters"], up.__dict__["_parameters"]
+    a, b, bias = held_a.get("weight"), held_b.get("weight"), held_b.get("bias")
+    plain = type(a) is nn.Parameter and type(b) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+    if not plain or held_a.get("bias") is not None:
+        return "is not made of plain parameters (sharded or replicated)"
+    if a.dtype not in DTYPES or b.dtype is not a.dtype or a.is_meta or b.is_meta:
+        return f"is {a.dtype} and {b.dtype} on {a.device}"
+    if type(scaling) is not float and not isinstance(scaling, (float, int)) and not _constant(scaling):
+        return f"has a {type(scaling).__name__} as its scaling"
+    return Adapter(a, b, bias, scaling)
+
+
+def refusal(layer: PeftLinear, x: torch.Tensor, found: Terms) -> str | None:
+    """Why this x must take PEFT's own code, or None."""
+    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+        return f"x is a {type(x).__name__}"
+    dtype = x.dtype
+    if dtype not in DTYPES or x.is_meta:
+        return f"x is {dtype} on {x.device}"
+    if dtype is not found.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"x is {dtype}, its base weight {found.weight.dtype}"
+    if not layer.cast_input_dtype_enabled and any(adapter.a.dtype is not dtype for adapter in found.adapters):
+        return "casting of its input was disabled"
+    if not torch.compiler.is_compiling() and (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return "torch.jit tracing, a functorch transform or forward-mode differentiation is active"
+    return None
+
+
+def _noticed(module: nn.Module) -> bool:
+    """Whether somebody would notice that `module()` was not called."""
+    own = module.__dict__  # half the price of attributes: nn.Module has a __getattr__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
+def _constant(scaling: object) -> bool:
+    """A 0-dim scaling tensor, as PEFT's hot-swapping makes them."""
+    return type(scaling) is torch.Tensor and scaling.dim() == 0 and not scaling.requires_grad

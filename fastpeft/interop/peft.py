@@ -1,0 +1,151 @@
+"""Hugging Face PEFT's LoRA layers on fastpeft's op: `apply` swaps their class, `revert` swaps it back.
+
+Nothing else changes: parameters, names, hooks and PEFT's own methods stay. A call takes the fast path when `legal.py`
+finds nothing against it, else PEFT's forward; siblings that read one x run together (`siblings.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import MultiheadAttention
+from torch import nn
+
+from .. import ops
+from . import legal, siblings
+from .legal import Terms
+from .report import Report, known
+from .siblings import Group, Seat
+
+
+class FastLoraLinear(PeftLinear):
+    """PEFT's `lora.Linear` with a fused forward: what `apply` makes of it. Never constructed."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., K] -> [..., N], as PEFT's; other arguments (`adapter_names`, ...) run PEFT's code."""
+        if args or kwargs:
+            return PeftLinear.forward(self, x, *args, **kwargs)
+        found = self.fast_terms(x)
+        if isinstance(found, str):
+            return PeftLinear.forward(self, x)
+        if not torch.compiler.is_compiling():  # whether siblings share x depends on data there (version guards)
+            seat = self.__dict__["_fastpeft"]
+            if seat.group is not None:
+                y = seat.group.call(seat.index, self, x, found, _forward_all)
+                if y is not None:
+                    return y
+        weight, a, b, scale, bias, lora_bias = _arguments(found)
+        return ops.lora_linear(
+            x, weight, a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=found.dropout_p
+        )
+
+    def fast_terms(self, x: torch.Tensor | None) -> Terms | str:
+        """What the fast path computes for x, or why this call is PEFT's. None: whatever x (for the report)."""
+        found = legal.terms(self)
+        if x is None or isinstance(found, str):
+            return found
+        refused = legal.refusal(self, x, found)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_fastpeft"].refused = refused
+        return found if refused is None else refused
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copied or unpickled: take the old place among the siblings, which are being copied too (or stay alone)."""
+        super().__setstate__(state)
+        seat = self._fastpeft
+        if seat.group is not None:
+            seat.group.join(seat.index, self)
+
+    def _get_name(self) -> str:
+        return PeftLinear.__name__  # repr is PEFT's
+
+
+def apply(model: nn.Module) -> Report:
+    """See `fastpeft.apply`."""
+    _check(model, "apply")
+    layers = [module for module in model.modules() if type(module) is PeftLinear]
+    if not any(known(module) for module in model.modules()):
+        raise ValueError(
+            f"fastpeft.apply: nothing to apply in this {type(model).__name__}. Looked for peft.tuners.lora.layer.Linear "
+            "(the fast path), PEFT's other adapter layers (reported) and fastpeft.nn.LoraLinear (already fast). "
+            "Wrap the model first: peft.get_peft_model(model, LoraConfig(...))"
+        )
+    inside = {id(part) for module in model.modules() if isinstance(module, MultiheadAttention) for part in module.modules()}
+    swapped: list[nn.Module] = []
+    try:
+        for layer in layers:
+            if id(layer) not in inside:  # PEFT's attention layer reads its projections' weights and never calls them
+                swapped.append(layer)
+                layer._fastpeft = Seat()
+                layer.__class__ = FastLoraLinear
+        _group(model)
+    except BaseException:
+        _swap_back(swapped)
+        raise
+    return Report(model)
+
+
+def revert(model: nn.Module) -> None:
+    """See `fastpeft.revert`."""
+    _check(model, "revert")
+    _swap_back([module for module in model.modules() if type(module) is FastLoraLinear])
+
+
+def _check(model: nn.Module, what: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastpeft.{what}: model must be a torch.nn.Module, got {type(model).__name__}")
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        hint = "call apply before fully_shard" if what == "apply" else "revert before fully_shard, or keep the fast classes"
+        raise RuntimeError(f"fastpeft.{what}: FSDP2 (fully_shard) has already swapped classes in this model: {hint}")
+
+
+def _group(model: nn.Module) -> None:
+    for layers in siblings.find(model, FastLoraLinear):
+        if any(layer._fastpeft.group is None for _, layer in layers):
+            group = Group(tuple(name for name, _ in layers))
+            for index, (_, layer) in enumerate(layers):
+                layer._fastpeft = Seat(group, index)
+                group.join(index, layer)
+
+
+def _swap_back(layers: Sequence[nn.Module]) -> None:
+    for layer in layers:
+        seat = layer.__dict__.pop("_fastpeft", None)
+        if seat is not None and seat.group is not None:
+            seat.group.leave(seat.index)
+        layer.__class__ = PeftLinear
+        for name in ("forward", "_old_forward"):  # accelerate keeps and restores bound methods
+            if getattr(layer.__dict__.get(name), "__func__", None) is FastLoraLinear.forward:
+                setattr(layer, name, PeftLinear.forward.__get__(layer))
+
+
+def _forward_all(x: torch.Tensor, every: Sequence[Terms]) -> list[torch.Tensor]:
+    weights, a, b, scales, biases, lora_biases = zip(*map(_arguments, every), strict=True)
+    return ops.lora_linear_group(
+        x, weights, a, b, scales=scales, biases=biases, lora_biases=lora_biases, dropout_p=every[0].dropout_p
+    )
+
+
+def _arguments(found: Terms) -> tuple[Any, ...]:
+    """weight, a, b, scale, bias, lora_bias for the op. Several adapters are one of rank ΣR, with a scale for each row."""
+    weight = found.weight.t() if found.transposed else found.weight
+    if len(found.adapters) == 1:
+        (a, b, bias, scale) = found.adapters[0]
+        return weight, a, b, scale, found.bias, None if bias is None else bias * scale
+    a = torch.cat([adapter.a for adapter in found.adapters])
+    b = torch.cat([adapter.b for adapter in found.adapters], dim=1)
+    scale = torch.cat([_spread(adapter) for adapter in found.adapters])
+    lora_biases = [adapter.bias * adapter.scaling for adapter in found.adapters if adapter.bias is not None]
+    return weight, a, b, scale, found.bias, sum(lora_biases) if lora_biases else None
+
+
+def _spread(adapter: legal.Adapter) -> torch.Tensor:
+    """scaling as a float32 [R]"""
+    scaling, like = adapter.scaling, {"dtype": torch.float32, "device": adapter.a.device}
+    rank = adapter.a.shape[0]
+    return scaling.to(**like).expand(rank) if isinstance(scaling, torch.Tensor) else torch.full((rank,), scaling, **like)

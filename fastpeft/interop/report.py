@@ -1,0 +1,128 @@
+"""What `apply` did: one row a layer, read from the model whenever it is looked at."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..nn import LoraLinear
+from .siblings import Group, Seat
+
+
+class LayerReport(NamedTuple):
+    """One layer. `path` is "fast" or "peft"; `reason` says why it is on PEFT's code, or with whom it shares x."""
+
+    name: str
+    path: str
+    reason: str
+    arithmetic: str
+
+
+class Report:
+    """The adapter layers of one model and the path each takes. Live: it shows the model as it is when you look.
+
+    It does not keep the model alive.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    @property
+    def layers(self) -> list[LayerReport]:
+        """A row for each adapter layer, in the order of `named_modules`."""
+        model = self._model()
+        return [] if model is None else [_row(name, module) for name, module in model.named_modules() if known(module)]
+
+    @property
+    def groups(self) -> int:
+        """How many groups of siblings share one pass over x."""
+        model = self._model()
+        seats = [] if model is None else [_seat(module) for module in model.modules()]
+        return sum(map(_grouped, {seat.group for seat in seats if seat is not None and seat.group is not None}))
+
+    def __str__(self) -> str:
+        if self._model() is None:
+            return "the model of this report is gone"
+        rows, groups = self.layers, self.groups
+        fast = sum(row.path == "fast" for row in rows)
+        width = max((len(row.name) for row in rows), default=0)
+        lines = [
+            f"{len(rows)} LoRA layers: {fast} fast ({groups} group{'' if groups == 1 else 's'}), "
+            f"{len(rows) - fast} left on PEFT's code"
+        ]
+        lines += [f"{row.name:<{width}}  {row.path}  {'; '.join(filter(None, row[2:]))}" for row in rows]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def known(module: nn.Module) -> bool:
+    """Whether a report has a row for this module."""
+    return isinstance(module, (BaseTunerLayer, LoraLinear))
+
+
+def _row(name: str, module: nn.Module) -> LayerReport:
+    if isinstance(module, LoraLinear):
+        return LayerReport(name, "fast", "fastpeft.nn.LoraLinear", _arithmetic(module.base.weight, [module.lora_a]))
+    why = _why_peft(module)
+    if why is not None:
+        return LayerReport(name, "peft", why, _peft_arithmetic(module))
+    found = module.fast_terms(None)
+    return LayerReport(
+        name, "fast", _company(_seat(module)), _arithmetic(found.weight, (adapter.a for adapter in found.adapters))
+    )
+
+
+def _why_peft(module: nn.Module) -> str | None:
+    seat = _seat(module)
+    if seat is not None:
+        found = module.fast_terms(None)
+        return found if isinstance(found, str) else seat.refused
+    if type(module) is PeftLinear:
+        return "PEFT's own class: call fastpeft.apply(model), again after adding adapters to further layers"
+    if isinstance(module, LoraLayer):
+        return f"no fast path for lora.{type(module).__name__}"
+    return f"no fast path for {type(module).__name__}: it is not a LoRA layer"
+
+
+def _company(seat: Seat) -> str:
+    group = seat.group
+    if group is None:
+        return ""
+    others = ", ".join(name for i, name in enumerate(group.names) if i != seat.index)
+    if group.why_alone is not None:
+        return f"alone: {group.why_alone}"
+    return f"one pass over x with {others}" if _grouped(group) else f"alone while {others} cannot join"
+
+
+def _grouped(group: Group) -> bool:
+    if group.why_alone is not None:
+        return False
+    every = [member.fast_terms(None) for member in group.members]
+    return not any(isinstance(found, str) for found in every) and len({found.dropout_p for found in every}) == 1
+
+
+def _seat(module: nn.Module) -> Seat | None:
+    return module.__dict__.get("_fastpeft")
+
+
+def _peft_arithmetic(module: nn.Module) -> str:
+    names = _dtypes(p for name, p in module.named_parameters() if name.startswith("lora_"))
+    return f"LoRA part in {names}" if names else ""
+
+
+def _arithmetic(weight: torch.Tensor, adapters: Iterable[torch.Tensor]) -> str:
+    compute, masters = _dtypes([weight]), _dtypes(adapters)
+    rounded = "" if masters == compute else f", {masters} adapters rounded in the kernel"
+    return f"{compute} products, float32 sums{rounded}"
+
+
+def _dtypes(tensors: Iterable[torch.Tensor]) -> str:
+    return "/".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))

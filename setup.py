@@ -1,0 +1,213 @@
+"""Builds the compiled modules of fastpeft with ninja, because their flags differ by file.
+
+    csrc/bind_cpu.cpp  + csrc/cpu/*.cpp  -> fastpeft_kernels._cpu    where there is a C++ compiler
+    csrc/bind_cuda.cpp + csrc/cuda/*.cu  -> fastpeft_kernels._cuda   where nvcc is there too
+
+A file whose stem ends in an instruction set (`lora_linear_avx2.cpp`) is compiled for that set, every other file for the
+baseline of the architecture: what a machine cannot run stays in object files that it never enters. No torch is needed.
+FASTPEFT_PURE_PYTHON=1 leaves all compiled modules out; CXX and MAX_JOBS mean what they usually do.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+BUILD = runpy.run_path(str(ROOT / "fastpeft" / "_build.py"))
+BUILD_ID = BUILD["source_id"](ROOT / "csrc")
+
+CXX_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -Wall -Wextra"
+ISA_FLAGS = {
+    "scalar": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
+    "avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c",
+}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Machine code for A100 and H100, PTX for what comes between and after them.
+NVCC_FLAGS = (
+    "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -gencode arch=compute_80,code=sm_80 "
+    "-gencode arch=compute_80,code=compute_80 -gencode arch=compute_90a,code=sm_90a"
+)
+
+
+def say(message: str) -> None:
+    print(f"fastpeft: {message}", file=sys.stderr, flush=True)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler to use, or None (after saying so) where this has to be a pure-Python install."""
+    if os.environ.get("FASTPEFT_PURE_PYTHON", "0") not in ("", "0"):
+        say("FASTPEFT_PURE_PYTHON is set: installing without compiled kernels, everything runs on the torch backend")
+        return None
+    if sys.platform != "linux":
+        say(f"no compiled kernels for {sys.platform} yet: installing without, everything runs on the torch backend")
+        return None
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+    if compiler is None:
+        say("WARNING: no C++ compiler found (g++, c++, clang++ or $CXX): installing WITHOUT compiled kernels.")
+        say("WARNING: all works on the torch backend, but slower. Install a compiler, then run this pip command again.")
+    return compiler
+
+
+def find_cuda() -> tuple[str, Path] | None:
+    """nvcc and the root of its toolkit; nvcc itself is asked for it, since the nvcc on PATH may be a wrapper script."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    dry_run = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", dry_run.stderr, re.MULTILINE)
+    if top is None:
+        raise CompileError(f"{nvcc} -dryrun names no TOP: {dry_run.stderr.strip() or dry_run.stdout.strip()}")
+    return nvcc, Path(top[1].strip()).resolve()
+
+
+def sources(binding: str, pattern: str) -> list[str]:
+    """A binding and the kernels beside it, relative to ROOT; empty if there is no such binding."""
+    if not (ROOT / "csrc" / binding).is_file():
+        return []
+    kernels = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(pattern))
+    return [f"csrc/{binding}"] + [path for path in kernels if X86 or isa_of(path) in (None, "scalar")]
+
+
+def isa_of(path: str) -> str | None:
+    suffix = Path(path).stem.rpartition("_")[2]
+    return suffix if suffix in ISA_FLAGS else None
+
+
+def flags_of(path: str) -> str:
+    """The compiler flags of one source file."""
+    if path.endswith(".cu"):
+        return NVCC_FLAGS
+    flags = CXX_FLAGS
+    isa = isa_of(path)
+    if isa:
+        flags += f" {ISA_FLAGS[isa]}"
+    if Path(path).name.startswith("bind_"):
+        includes = (pybind11_headers(), sysconfig.get_path("include"))
+        flags += " " + shlex.join([f"-isystem{path}" for path in includes] + [f'-DFASTPEFT_BUILD_ID="{BUILD_ID}"'])
+    return flags
+
+
+def pybind11_headers() -> str:
+    """A copy of pybind11's headers in build/: an isolated build has them at a new path, and newer, every time."""
+    import pybind11
+
+    copy = Path("build", "native", f"pybind11-{pybind11.__version__}")
+    if not (ROOT / copy).is_dir():
+        shutil.copytree(pybind11.get_include(), ROOT / f"{copy}.part", dirs_exist_ok=True)
+        (ROOT / f"{copy}.part").rename(ROOT / copy)
+    return str(copy)
+
+
+def ninja_file(name: str, files: list[str], out: Path, compiler: str, cuda: tuple[str, Path] | None) -> str:
+    """build.ninja for one module: its objects, then the link."""
+
+    def path(text: object) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(text))
+
+    def command(text: str) -> str:
+        return text.replace("$", "$$")
+
+    def compile_rule(rule: str, program: str) -> str:
+        run = f"{command(program)} -MMD -MF $out.d $flags -c $in -o $out"
+        return f"rule {rule}\n  command = {run}\n  depfile = $out.d\n  deps = gcc"
+
+    includes, libraries, lines = "", "-fopenmp -pthread", [f"builddir = {path(out / f'{name}.state')}"]
+    if cuda:
+        nvcc, toolkit = cuda
+        includes = shlex.quote(f"-isystem{toolkit}/include")
+        libraries += f" {shlex.quote(f'-L{toolkit}/lib64')} -lcudart_static -ldl -lrt"
+        lines.append(compile_rule("nvcc", shlex.quote(nvcc)))
+    lines.append(compile_rule("cxx", f"{compiler} {includes}".rstrip()))
+    lines.append(f"rule link\n  command = {command(compiler)} -shared -s $in -o $out {command(libraries)}")
+    objects = []
+    for file in files:
+        objects.append(path(out / f"{file}.o"))
+        rule = "nvcc" if file.endswith(".cu") else "cxx"
+        lines.append(f"build {objects[-1]}: {rule} {path(file)}\n  flags = {command(flags_of(file))}")
+    lines.append(f"build {path(out / f'{name}.so')}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuildExt(build_ext):
+    """Runs ninja in build/native (kept between runs: only what changed is compiled), then puts the module in place."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import fcntl
+
+        import ninja
+
+        compiler = find_compiler()
+        assert compiler is not None, "an extension without a compiler"
+        out = Path("build", "native", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+        name = ext.name.rpartition(".")[2]
+        cuda = find_cuda() if name == "_cuda" else None
+        script = ROOT / out / f"{name}.ninja"
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(ninja_file(name, ext.sources, out, compiler, cuda))
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        with open(ROOT / out / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second install from this folder waits for the first
+            ran = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-f", script, "-j", jobs], cwd=ROOT)
+        if ran.returncode:
+            raise CompileError(
+                f"compiling {ext.name} with {compiler} failed (its message stands above). Report it; meanwhile "
+                "FASTPEFT_PURE_PYTHON=1 in the environment installs fastpeft without compiled kernels."
+            )
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / out / f"{name}.so", target)
+
+
+class CleanBuild(build):
+    """Starts from an empty build/lib: files that were deleted or renamed since the last build stay out of the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class StampedBuildPy(build_py):
+    """Writes the build id into what gets installed; a clone computes it from csrc/ instead."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for package in ("fastpeft", "fastpeft_kernels"):
+                Path(self.build_lib, package, BUILD["STAMP"]).write_text(BUILD_ID + "\n")
+
+
+def extensions() -> list[Extension]:
+    cpu, cuda = sources("bind_cpu.cpp", "cpu/*.cpp"), sources("bind_cuda.cpp", "cuda/*.cu")
+    if find_compiler() is None:
+        return []
+    modules = [Extension("fastpeft_kernels._cpu", cpu)] if cpu else []
+    if cuda and find_cuda():
+        modules.append(Extension("fastpeft_kernels._cuda", cuda))
+    return modules
+
+
+setup(
+    packages=[*find_packages(include=["fastpeft", "fastpeft.*"]), "fastpeft_kernels", "fastpeft._benches"],
+    package_dir={"fastpeft_kernels": "kernels/fastpeft_kernels", "fastpeft._benches": "benches"},
+    package_data={"fastpeft": ["py.typed", "ops/*.json"], "fastpeft._benches": ["*.json", "*.html"]},
+    include_package_data=False,
+    ext_modules=extensions(),
+    cmdclass={"build": CleanBuild, "build_ext": NinjaBuildExt, "build_py": StampedBuildPy},
+)

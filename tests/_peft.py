@@ -1,0 +1,117 @@
+"""Tiny PEFT models for the interop tests, and the comparison with PEFT's own code."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import _close
+import peft
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+ALL = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "bert": ["query", "key", "value", "dense"],
+}
+GROUPS = {"llama": 4, "gpt2": 0, "bert": 2}  # two layers each
+
+
+def base_model(kind: str) -> nn.Module:
+    """Two layers, sizes that are not powers of two, grouped-query attention in the Llama."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = LlamaConfig(
+            hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=61, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+    if kind == "gpt2":
+        config = GPT2Config(n_embd=40, n_layer=2, n_head=4, vocab_size=61, n_positions=64, bos_token_id=1, eos_token_id=2,
+                            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
+        return GPT2LMHeadModel(config)
+    config = BertConfig(
+        hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4, vocab_size=61,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertModel(config)
+
+
+def peft_model(kind: str = "llama", *, dtype: torch.dtype = torch.float32, **settings) -> peft.PeftModel:
+    """With adapters that do something (B is not zero)."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ALL[kind], "init_lora_weights": False} | settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(base_model(kind).to(dtype), peft.LoraConfig(**settings))
+    return model.train()
+
+
+def tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
+    return torch.randint(3, 61, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def output(model: nn.Module, ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    result = model(input_ids=ids, **kwargs)
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+def run(model: nn.Module, ids: torch.Tensor, forward: Callable = output) -> dict[str, torch.Tensor]:
+    """The output and every parameter's gradient, of a loss that weighs each output differently."""
+    model.zero_grad(set_to_none=True)
+    y = forward(model, ids)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
+    (y * weights).sum().backward()
+    results = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": y.detach(), **results}
+
+
+def double(model: nn.Module) -> nn.Module:
+    """The float64 oracle. LlamaRMSNorm computes in float32 whatever its input: nn.RMSNorm takes its place."""
+    exact = copy.deepcopy(model).double()
+    for parent in list(exact.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, LlamaRMSNorm):
+                true = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
+                true.weight = norm.weight
+                setattr(parent, name, true)
+    return exact
+
+
+def adapters_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """PEFT's second configuration: the adapters in the compute dtype."""
+    model = copy.deepcopy(model)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.to(dtype)
+    return model
+
+
+def assert_same_results(
+    got: dict[str, torch.Tensor],
+    peer: dict[str, torch.Tensor],
+    exact: dict[str, torch.Tensor],
+    eps: float | None = None,
+) -> None:
+    """Output and gradients: error at most twice PEFT's."""
+    assert got.keys() == exact.keys() == peer.keys()
+    for name in got:
+        _close.assert_close(got[name], peer[name], exact[name], name, eps)
+
+
+def assert_like_peft(fast: nn.Module, plain: nn.Module, ids: torch.Tensor | None = None) -> None:
+    """`fast` (applied) gives what `plain` (PEFT's code, same weights) gives, forward and backward."""
+    ids = tokens() if ids is None else ids
+    assert_same_results(run(fast, ids), run(plain, ids), run(double(plain), ids))
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """LoRA layers by the last part of their name, of the first block."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.layer.LoraLayer):
+            found.setdefault(name.rsplit(".", 1)[-1], module)
+    return found
