@@ -1,1 +1,1 @@
-"""The benchmark suite: `fastpeft bench`, `python -m benches.cli` in a clone, or `pytest benches --benchmark-json out.json`."""
+"""The benchmark suite: `fastpeft bench`, in a clone also `python -m benches.cli` and `pytest benches`."""

@@ -45,7 +45,7 @@ class Estimate:
     def __str__(self) -> str:
         if math.isnan(self.median):
             return "-"
-        if math.isnan(self.low):
+        if math.isnan(self.low) or self.low == self.high:
             return f"{self.median:.3f}"
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
@@ -181,7 +181,7 @@ def median_ratio_interval(top: np.ndarray, bottom: np.ndarray) -> Estimate:
 def validity(samples: Samples, claimed: float | None, first: str = FROZEN, again: str = AGAIN) -> tuple[str, str]:
     """(ok | void | too noisy, the reason): may anything be claimed from these samples?
 
-    claimed: the smallest overhead that is claimed; the A/A interval may be a fifth of it wide. None: ratios of times only.
+    claimed: the smallest overhead claimed; the A/A interval may be a fifth of it wide. None: only ratios of times.
     """
     if samples.kept < ROUNDS_NEEDED:
         return TOO_NOISY, f"{samples.kept} of {samples.rounds} rounds kept, {ROUNDS_NEEDED} needed"

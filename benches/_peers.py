@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 PEFT = "PEFT"  # its default: adapters in fp32, the LoRA part computed in fp32
 PEFT_LOW = "PEFT same dtype"  # autocast_adapter_dtype=False: adapters in the compute dtype
@@ -77,7 +76,8 @@ class _Layers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList()
         for weight in weights:
-            layer = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, device="cpu", dtype=weight.dtype)
+            layer = nn.Linear(1, 1, bias=False)  # as large a one would be initialised first, for nothing
+            layer.out_features, layer.in_features = weight.shape
             layer.weight = nn.Parameter(weight, requires_grad=False)
             self.layers.append(layer)
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -30,6 +31,7 @@ FORWARD, BOTH = "fwd", "fwd+bwd"
 SCALE = 2.0
 SMALL_M = 32  # up to here the weights rotate past the last-level cache, as a whole model's would
 NEVER_SLOWER = 1 / 0.97
+Tick = Callable[[], object] | None
 BEST = "best peer"
 
 
@@ -151,7 +153,8 @@ class Layers:
         sets = 1
         if case.rotated:
             size = case.n * case.k * dtype.itemsize
-            sets = max(2, -(-min(3 * _machine.last_level_cache() // 2, 768 << 20) // size))
+            past_cache = min(3 * _machine.last_level_cache() // 2, 768 << 20)
+            sets = min(max(2, -(-past_cache // size)), 1024)  # tiny layers would never make it past the cache
         x = randn(case.m, case.k, dtype)
         dy = randn(case.m, case.n, dtype)
         first = randn(case.n, case.k, dtype, case.k**-0.5)
@@ -224,11 +227,10 @@ def errors(case: Case, layers: Layers, call: Call, parameters: Callable[[int], l
 
 
 def check(case: Case, layers: Layers, found: dict) -> tuple[dict[str, list[float]], set[str]]:
-    """Errors of every function, and the names of those that are wrong: above 2x the composition's, plus a quarter eps."""
-    torch_calls = (lambda i: _peers.composition(layers.x, layers.weights[i], layers.a[i], layers.b[i], SCALE)), (
-        lambda i: [layers.a[i], layers.b[i]]
-    )
-    allowed = [2 * e + torch.finfo(DTYPES[case.dtype]).eps / 4 for e in errors(case, layers, *torch_calls)]
+    """Errors of every function, and the names of the wrong ones: above 2x the composition's, plus a quarter eps."""
+    x, w, a, b = layers.x, layers.weights, layers.a, layers.b
+    peer = errors(case, layers, lambda i: _peers.composition(x, w[i], a[i], b[i], SCALE), lambda i: [a[i], b[i]])
+    allowed = [2 * e + torch.finfo(DTYPES[case.dtype]).eps / 4 for e in peer]
     measured = {name: errors(case, layers, *pair) for name, pair in found.items() if name != FROZEN}
     wrong = {n for n, e in measured.items() if not all(v <= limit for v, limit in zip(e, allowed, strict=True))}
     return measured, wrong
@@ -279,9 +281,10 @@ def measure(
     *,
     device: str = "cpu",
     peers: tuple[str, ...] = (*PEERS, COMPILED),
-    tick: Callable[[], object] | None = None,
+    tick: Tick = None,
 ) -> dict[str, Any]:
-    """Check and time one case; the line for the results file."""
+    """Check and time one case, `seconds` for all of it; the line for the results file."""
+    start = time.perf_counter()
     with instruction_set(case.isa):
         layers = Layers.make(case, device)
         found = providers(case, layers, peers)
@@ -291,15 +294,16 @@ def measure(
             try:
                 with mode():
                     found[COMPILED][0](0)
-            except Exception as error:  # no C++ compiler, or a graph that inductor cannot lower: the row goes without
-                notes[COMPILED] = f"did not compile: {type(error).__name__}"
+            except Exception as failure:  # no C++ compiler, or a graph that inductor cannot lower: the row goes without
+                notes[COMPILED] = f"did not compile: {type(failure).__name__}"
                 del found[COMPILED]
         error, wrong = check(case, layers, found)
         functions = {name: runner(*pair, layers, case.direction) for name, pair in found.items()}
         functions[AGAIN] = functions[FROZEN]
         with mode():
-            samples = paired(functions, seconds, device=device, tick=tick)
-    names = {name: name for name in functions}
+            left = seconds - (time.perf_counter() - start)  # compiling takes its share
+            samples = paired(functions, max(left, seconds / 3), device=device, tick=tick)
+    floor = floors(case, device)
     row = {
         "kind": "lora_linear",
         "key": case.name,
@@ -307,10 +311,11 @@ def measure(
         "error": error,
         "wrong": sorted(wrong),
         "notes": notes,
-        "floor": floors(case, device),
+        "floor": floor,
+        "weights_bytes": sum(w.numel() * w.element_size() for w in layers.weights),
         "samples": samples.as_json(),
     }
-    return {**row, **summary(case, samples, row["floor"], [n for n in names if n not in (FROZEN, AGAIN)], wrong)}
+    return {**row, **summary(case, samples, floor, [n for n in functions if n not in (FROZEN, AGAIN)], wrong)}
 
 
 def summary(
@@ -320,10 +325,12 @@ def summary(
     wrong = wrong or set()
     rivals = [n for n in names if n in PEERS and n not in wrong]
     frozen = samples.median(FROZEN)
+    right = [n for n in names if n not in wrong]
+    others = [n for n in right if n != OURS and OURS in right]
     result: dict[str, Any] = {
-        "overhead": {n: samples.overhead(n).as_json() for n in names if n not in wrong},
-        "time": {n: samples.ratio(OURS, n).as_json() for n in names if n != OURS and not wrong & {n, OURS}},
-        "overhead_ratio": {n: samples.overhead_ratio(OURS, n).as_json() for n in names if n != OURS and not wrong & {n, OURS}},
+        "overhead": {n: samples.overhead(n).as_json() for n in right},
+        "time": {n: samples.ratio(OURS, n).as_json() for n in others},
+        "overhead_ratio": {n: samples.overhead_ratio(OURS, n).as_json() for n in others},
         "aa": samples.ratio(AGAIN, FROZEN).as_json(),
         "floor_overhead": floor["adapter_seconds"] / frozen,
         "targets": [],
@@ -364,7 +371,9 @@ def _target(case: Case, samples: Samples, limit: Limit, peer: str, of: str, floo
 # --------------------------------------------------------------------------------- dropout, groups, memory, host cost
 
 
-def measure_dropout(k: int, n: int, m: int, seconds: float, *, device: str = "cpu", tick: Any = None) -> dict[str, Any]:
+def measure_dropout(
+    k: int, n: int, m: int, seconds: float, *, device: str = "cpu", tick: Tick = None
+) -> dict[str, Any]:
     """Dropout 0.1 against 0, forward and backward, bf16."""
     case = Case(k, n, m, "bf16", BOTH)
     layers = Layers.make(case, device)
@@ -400,7 +409,9 @@ def _group(m: int, k: int, device: str) -> tuple[Tensor, list[Tensor], list[Tens
     return x, first("weights"), first("a"), first("b"), [one.dy for one in whole]
 
 
-def measure_group(seconds: float, *, m: int = 1024, k: int = 576, device: str = "cpu", tick: Any = None) -> dict[str, Any]:
+def measure_group(
+    seconds: float, *, m: int = 1024, k: int = 576, device: str = "cpu", tick: Tick = None
+) -> dict[str, Any]:
     """q, k, v as one group against three single calls, forward and backward, bf16."""
     x, w, a, b, dy = _group(m, k, device)
     scales = [SCALE] * 3
@@ -486,7 +497,7 @@ def measure_saved_bytes(*, m: int = 1024, device: str = "cpu") -> dict[str, Any]
     return {"kind": "saved bytes", "key": "saved bytes", "bytes": rows, "targets": [t.as_json() for t in targets]}
 
 
-def measure_host_cost(seconds: float, *, device: str = "cpu", tick: Any = None) -> dict[str, Any]:
+def measure_host_cost(seconds: float, *, device: str = "cpu", tick: Tick = None) -> dict[str, Any]:
     """Host time of one call on inputs so small that nothing else counts; forward, no gradient, fp32."""
     case = Case(16, 16, 4, "fp32", FORWARD, r=4)
     layers = replace(Layers.make(case, device))

@@ -41,11 +41,15 @@ static void set_isa_by_name(const std::string& text) {
 static const LoraLinearKernels& lora_linear() {
   switch (current_isa()) {
 #ifdef __x86_64__
-    case Isa::AVX512BF16: return lora_linear_avx512bf16;
-    case Isa::AVX512: return lora_linear_avx512;
-    case Isa::AVX2: return lora_linear_avx2;
+    case Isa::AVX512BF16:
+      return lora_linear_avx512bf16;
+    case Isa::AVX512:
+      return lora_linear_avx512;
+    case Isa::AVX2:
+      return lora_linear_avx2;
 #endif
-    default: return lora_linear_scalar;
+    default:
+      return lora_linear_scalar;
   }
 }
 
@@ -75,47 +79,84 @@ static std::vector<Projection> projections_of(const std::vector<Tuple>& tuples) 
 }
 
 static int down(int dtype, Pointer x, int64_t M, int64_t K, int64_t ldx, Pointer s, int64_t lds,
-                const std::vector<DownProjection>& projections, uint64_t keep_threshold, double p, uint64_t seed,
+                const std::vector<DownProjection>& projections, uint64_t keep_threshold, double p, int64_t seed,
                 int threads) {
   const std::vector<Projection> all = projections_of(projections);
-  return lora_linear().down({M, K, matrix(x, ldx, dtype), matrix(s, lds, dtype), all.data(), (int)all.size(),
-                             {keep_threshold, p, seed}, threads});
+  return lora_linear().down({M,
+                             K,
+                             matrix(x, ldx, dtype),
+                             matrix(s, lds, dtype),
+                             all.data(),
+                             (int)all.size(),
+                             {keep_threshold, p, (uint64_t)seed},
+                             threads});
 }
 
 static int up(int dtype, Pointer y, int64_t M, int64_t N, int64_t ldy, Pointer s, int64_t lds, int64_t R, Pointer b,
-              int b_dtype, int64_t ldb, Pointer scale, int64_t scale_stride, Pointer bias, int bias_dtype, int threads) {
+              int b_dtype, int64_t ldb, Pointer scale, int64_t scale_stride, Pointer bias, int bias_dtype,
+              int threads) {
   return lora_linear().up({M, N, R, matrix(y, ldy, dtype), matrix(s, lds, dtype), matrix(b, ldb, b_dtype),
                            scale_of(scale, scale_stride), vector(bias, bias_dtype), threads});
 }
 
-static int grad_up(int dtype, Pointer dy, int64_t M, int64_t N, int64_t lddy, Pointer s, int64_t lds, int64_t R, Pointer b,
-                   int b_dtype, int64_t ldb, Pointer scale, int64_t scale_stride, Pointer t, int64_t ldt, Pointer db,
-                   Pointer dbias, int dbias_dtype, int threads) {
+static int grad_up(int dtype, Pointer dy, int64_t M, int64_t N, int64_t lddy, Pointer s, int64_t lds, int64_t R,
+                   Pointer b, int b_dtype, int64_t ldb, Pointer scale, int64_t scale_stride, Pointer t, int64_t ldt,
+                   Pointer db, Pointer dbias, int dbias_dtype, int threads) {
   return lora_linear().grad_up({M, N, R, matrix(dy, lddy, dtype), matrix(s, lds, dtype), matrix(b, ldb, b_dtype),
-                                scale_of(scale, scale_stride), matrix(t, ldt, dtype), (void*)db, (void*)dbias, dbias_dtype,
-                                threads});
+                                scale_of(scale, scale_stride), matrix(t, ldt, dtype), (void*)db, (void*)dbias,
+                                dbias_dtype, threads});
 }
 
 static int grad_down(int dtype, Pointer x, int64_t M, int64_t K, int64_t ldx, Pointer dx, int64_t lddx, Pointer t,
                      int64_t ldt, const std::vector<GradProjection>& projections, uint64_t keep_threshold, double p,
-                     uint64_t seed, int threads) {
+                     int64_t seed, int threads) {
   const std::vector<Projection> all = projections_of(projections);
-  return lora_linear().grad_down({M, K, matrix(x, ldx, dtype), matrix(dx, lddx, dtype), matrix(t, ldt, dtype), all.data(),
-                                  (int)all.size(), {keep_threshold, p, seed}, threads});
+  return lora_linear().grad_down({M,
+                                  K,
+                                  matrix(x, ldx, dtype),
+                                  matrix(dx, lddx, dtype),
+                                  matrix(t, ldt, dtype),
+                                  all.data(),
+                                  (int)all.size(),
+                                  {keep_threshold, p, (uint64_t)seed},
+                                  threads});
 }
 
-static int small(int dtype, Pointer x, int64_t M, int64_t K, int64_t ldx, Pointer w, int64_t ldw, int64_t N, Pointer bias,
-                 int bias_dtype, Pointer y, int64_t ldy, Pointer s, int64_t lds, int64_t R, Pointer a, int a_dtype,
-                 int64_t lda, Pointer b, int b_dtype, int64_t ldb, Pointer scale, int64_t scale_stride, Pointer lora_bias,
-                 int lora_bias_dtype, int threads) {
-  return lora_linear().small({M, K, N, R, matrix(x, ldx, dtype), matrix(w, ldw, dtype), matrix(y, ldy, dtype),
-                              matrix(s, lds, dtype), matrix(a, lda, a_dtype), matrix(b, ldb, b_dtype),
-                              scale_of(scale, scale_stride), vector(bias, bias_dtype), vector(lora_bias, lora_bias_dtype),
-                              threads});
+// lora_linear_small(dtype, x, M, K, ldx, w, ldw, N, bias, bias_dtype, y, ldy, s, lds, R, a, a_dtype, lda, b, b_dtype,
+// ldb, scale, scale_stride, lora_bias, lora_bias_dtype, threads) -> status: 26 ints, positional. Bound by hand, because
+// on tiny inputs pybind11's conversions were half of the call (2.2 us; 1.0 us this way).
+static PyObject* small(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t COUNT = 26;
+  int64_t v[COUNT];
+  if (count != COUNT) return PyErr_Format(PyExc_TypeError, "lora_linear_small takes %zd ints, got %zd", COUNT, count);
+  for (Py_ssize_t i = 0; i < COUNT; ++i) {
+    v[i] = PyLong_AsLongLong(args[i]);
+    if (v[i] == -1 && PyErr_Occurred()) return nullptr;
+  }
+  const int dtype = (int)v[0];
+  const LoraLinearSmall call = {v[2],
+                                v[3],
+                                v[7],
+                                v[14],
+                                matrix(v[1], v[4], dtype),
+                                matrix(v[5], v[6], dtype),
+                                matrix(v[10], v[11], dtype),
+                                matrix(v[12], v[13], dtype),
+                                matrix(v[15], v[17], (int)v[16]),
+                                matrix(v[18], v[20], (int)v[19]),
+                                scale_of(v[21], v[22]),
+                                vector(v[8], (int)v[9]),
+                                vector(v[23], (int)v[24]),
+                                (int)v[25]};
+  int status;
+  Py_BEGIN_ALLOW_THREADS status = lora_linear().small(call);
+  Py_END_ALLOW_THREADS return PyLong_FromLong(status);
 }
+static PyMethodDef small_method = {"lora_linear_small", (PyCFunction)(void (*)(void))small, METH_FASTCALL,
+                                   "Forward for few rows, base included: see csrc/lora_linear.h."};
 
-static void philox_words(uint64_t seed, uint64_t start, int64_t count, uint32_t projection, Pointer out) {
-  lora_linear().philox_words(seed, start, count, projection, (uint32_t*)out);
+static void philox_words(int64_t seed, uint64_t start, int64_t count, uint32_t projection, Pointer out) {
+  lora_linear().philox_words((uint64_t)seed, start, count, projection, (uint32_t*)out);
 }
 
 PYBIND11_MODULE(_cpu_checked, m) {
@@ -129,16 +170,14 @@ PYBIND11_MODULE(_cpu_checked, m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def("lora_linear_down", down, no_gil, "dtype"_a, "x"_a, "M"_a, "K"_a, "ldx"_a, "s"_a, "lds"_a, "projections"_a,
         "keep_threshold"_a, "p"_a, "seed"_a, "threads"_a);
-  m.def("lora_linear_up", up, no_gil, "dtype"_a, "y"_a, "M"_a, "N"_a, "ldy"_a, "s"_a, "lds"_a, "R"_a, "b_ptr"_a, "b_dtype"_a,
-        "ldb"_a, "scale_ptr"_a, "scale_stride"_a, "bias_ptr"_a, "bias_dtype"_a, "threads"_a);
-  m.def("lora_linear_grad_up", grad_up, no_gil, "dtype"_a, "dy"_a, "M"_a, "N"_a, "lddy"_a, "s"_a, "lds"_a, "R"_a, "b_ptr"_a,
-        "b_dtype"_a, "ldb"_a, "scale_ptr"_a, "scale_stride"_a, "t"_a, "ldt"_a, "db_ptr"_a, "dbias_ptr"_a, "dbias_dtype"_a,
-        "threads"_a);
-  m.def("lora_linear_grad_down", grad_down, no_gil, "dtype"_a, "x"_a, "M"_a, "K"_a, "ldx"_a, "dx"_a, "lddx"_a, "t"_a, "ldt"_a,
-        "projections"_a, "keep_threshold"_a, "p"_a, "seed"_a, "threads"_a);
-  m.def("lora_linear_small", small, no_gil, "dtype"_a, "x"_a, "M"_a, "K"_a, "ldx"_a, "w"_a, "ldw"_a, "N"_a, "bias_ptr"_a,
-        "bias_dtype"_a, "y"_a, "ldy"_a, "s"_a, "lds"_a, "R"_a, "a_ptr"_a, "a_dtype"_a, "lda"_a, "b_ptr"_a, "b_dtype"_a, "ldb"_a,
-        "scale_ptr"_a, "scale_stride"_a, "lora_bias_ptr"_a, "lora_bias_dtype"_a, "threads"_a);
+  m.def("lora_linear_up", up, no_gil, "dtype"_a, "y"_a, "M"_a, "N"_a, "ldy"_a, "s"_a, "lds"_a, "R"_a, "b_ptr"_a,
+        "b_dtype"_a, "ldb"_a, "scale_ptr"_a, "scale_stride"_a, "bias_ptr"_a, "bias_dtype"_a, "threads"_a);
+  m.def("lora_linear_grad_up", grad_up, no_gil, "dtype"_a, "dy"_a, "M"_a, "N"_a, "lddy"_a, "s"_a, "lds"_a, "R"_a,
+        "b_ptr"_a, "b_dtype"_a, "ldb"_a, "scale_ptr"_a, "scale_stride"_a, "t"_a, "ldt"_a, "db_ptr"_a, "dbias_ptr"_a,
+        "dbias_dtype"_a, "threads"_a);
+  m.def("lora_linear_grad_down", grad_down, no_gil, "dtype"_a, "x"_a, "M"_a, "K"_a, "ldx"_a, "dx"_a, "lddx"_a, "t"_a,
+        "ldt"_a, "projections"_a, "keep_threshold"_a, "p"_a, "seed"_a, "threads"_a);
+  m.add_object("lora_linear_small", py::reinterpret_steal<py::object>(PyCFunction_New(&small_method, nullptr)));
   m.def("philox_words", philox_words, no_gil, "seed"_a, "start"_a, "count"_a, "projection"_a, "out_ptr"_a);
 }
 

@@ -26,6 +26,7 @@ _ISA = {
 }
 
 
+@functools.cache
 def cpu() -> dict[str, Any]:
     """Model, cores that this process may use, instruction sets that matter here, and whether it has AMX."""
     fields: dict[str, str] = {}

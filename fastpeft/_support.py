@@ -1,7 +1,7 @@
 """The support table of the README: generated from the tests that passed, never typed.
 
-    pytest --record-support benches/results/support.jsonl    # tests/_support_plugin.py writes this machine's cells
-    python -m fastpeft._support                              # rewrites the table in README.md from them
+    pytest --record-support tests/support.jsonl    # tests/_support_plugin.py writes this machine's cells
+    python -m fastpeft._support                    # rewrites the table in README.md from them
 
 A line of the file is one verified cell: op, backend, instruction set or "", dtype, feature, machine, commit.
 """
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     root = Path(__file__).parent.parent
     parser = argparse.ArgumentParser(prog="python -m fastpeft._support", description=__doc__.splitlines()[0])
     parser.add_argument("--readme", type=Path, default=root / "README.md")
-    parser.add_argument("--results", type=Path, default=root / "benches" / "results" / "support.jsonl")
+    parser.add_argument("--results", type=Path, default=root / "tests" / "support.jsonl")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the table is out of date")
     args = parser.parse_args(argv)
     before = args.readme.read_text("utf-8")

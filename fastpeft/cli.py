@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from importlib import metadata
@@ -91,7 +92,7 @@ def _as_text(found: dict[str, Any]) -> str:
         left = "".join(f"; not {name}: {_see(reason, found)}" for name, reason in reasons.items())
         rows.append((op, f"{', else '.join(usable)}{left}"))
     for extra, absent in found["extras_missing"].items():
-        rows.append((f"extra [{extra}]", f"missing {', '.join(absent)}" if absent else "complete"))
+        rows.append((f"extra [{extra}]", f"missing {_names(absent)}" if absent else "complete"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -104,8 +105,7 @@ def bench(argv: list[str]) -> int:
     """Run the benchmark suite: the installed copy, or the clone's."""
     absent = [] if {"-h", "--help"} & set(argv) else _missing("bench")
     if absent:
-        names = [requirement.split("<")[0].split(">")[0] for requirement in absent]
-        print(f"fastpeft bench needs the extra [bench]; not installed: {', '.join(names)}", file=sys.stderr)
+        print(f"fastpeft bench needs the extra [bench]; not installed: {_names(absent)}", file=sys.stderr)
         print(f"Install with: pip install {shlex.join(absent)}", file=sys.stderr)
         return 2
     root = _build.clone_root(_HERE)
@@ -114,8 +114,12 @@ def bench(argv: list[str]) -> int:
     return importlib.import_module("benches.cli" if root else "fastpeft._benches.cli").main(argv)
 
 
+def _names(requirements: list[str]) -> str:
+    return ", ".join(re.split(r"[<>=!~ ]", requirement)[0] for requirement in requirements)
+
+
 def _missing(extra: str) -> list[str]:
     try:
         return _machine.missing(extra)
     except metadata.PackageNotFoundError:
-        return ["fastpeft itself (it runs from a clone that is not installed)"]
+        return ["fastpeft"]  # it runs from a clone that is not installed

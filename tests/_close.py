@@ -37,4 +37,6 @@ def assert_close(
     if terms is not None:
         allowed += 2**-23 * terms.max().item()
     got = error(result, exact)
-    assert got <= allowed, f"{name}: error {got:.3e}, allowed {allowed:.3e} (composition {error(same_dtype, exact):.3e})"
+    assert got <= allowed, (
+        f"{name}: error {got:.3e}, allowed {allowed:.3e} (composition {error(same_dtype, exact):.3e})"
+    )

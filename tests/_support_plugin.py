@@ -6,7 +6,7 @@ A test marked so stands for those cells: op × feature × backend × dtype. `bac
 parameters of the same name (a backend may be "cpu-avx2": backend and instruction set; a dtype may be torch's own);
 each may be a list. A cell is verified if every test that stands for it passed and at least one ran.
 
-`pytest --record-support benches/results/support.jsonl` writes the cells of this machine at this commit.
+`pytest --record-support tests/support.jsonl` writes the cells of this machine at this commit.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ import fastpeft
 from fastpeft import _native
 
 
-
-
 def cpu_levels() -> list[str]:
     """Instruction sets of the native CPU module that this machine runs."""
     native = _native.cpu()

@@ -197,7 +197,9 @@ def test_strided_upstream_gradient(backend, dtype, layout):
     check_all(inputs, dy=dy)
 
 
-@pytest.mark.parametrize("scale", [2, 0.0, torch.tensor(0.5), torch.tensor(3), torch.linspace(-1, 1, 6)[::2], torch.rand(3).double()])
+@pytest.mark.parametrize(
+    "scale", [2, 0.0, torch.tensor(0.5), torch.tensor(3), torch.linspace(-1, 1, 6)[::2], torch.rand(3).double()]
+)
 def test_scales(backend, scale):
     if isinstance(scale, torch.Tensor) and not scale.dtype.is_floating_point:
         with pytest.raises(ValueError, match="lora_linear: scale must be a floating-point tensor"):
@@ -226,7 +228,9 @@ def test_stacked_adapters_are_their_sum(backend):
     assert_close(y, low, F.linear(x, w) + 0.5 * (x @ a1.t() @ b1.t()) - 2.0 * (x @ a2.t() @ b2.t()))
 
 
-@pytest.mark.parametrize("wanted", [("x",), ("a",), ("b",), ("bias",), ("lora_bias",), ("x", "b"), ("a", "bias"), ()], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [("x",), ("a",), ("b",), ("bias",), ("lora_bias",), ("x", "b"), ("a", "bias"), ()], ids=str
+)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_only_the_wanted_gradients(backend, wanted, p):
     inputs = problem(40, 33, 21, 4, torch.bfloat16)
@@ -283,8 +287,12 @@ def test_bitwise_repeatable(backend, p):
 
 def test_fp64_gradients_by_finite_differences():
     inputs = problem(4, 6, 5, 2, torch.float64, adapter_dtype=torch.float64)
-    torch.autograd.gradcheck(lambda *args: lora_linear(*args[:4], bias=args[4], lora_bias=args[5], scale=0.7), tuple(inputs.values()))
-    torch.autograd.gradcheck(lambda *args: lora_linear(*args[:4], bias=args[4], dropout_p=0.4, seed=9), tuple(inputs.values()))
+    torch.autograd.gradcheck(
+        lambda *args: lora_linear(*args[:4], bias=args[4], lora_bias=args[5], scale=0.7), tuple(inputs.values())
+    )
+    torch.autograd.gradcheck(
+        lambda *args: lora_linear(*args[:4], bias=args[4], dropout_p=0.4, seed=9), tuple(inputs.values())
+    )
 
 
 # ---- the group -----------------------------------------------------------------------------------------------------------
@@ -378,7 +386,9 @@ def test_dropout_draws_from_torchs_generator(backend):
 def test_dropout_of_everything():
     inputs = problem(20, 30, 10, 4, torch.float32)
     everything = lora_linear(**inputs, dropout_p=1.0)
-    torch.testing.assert_close(everything, F.linear(inputs["x"], inputs["weight"], inputs["bias"]) + inputs["lora_bias"])
+    torch.testing.assert_close(
+        everything, F.linear(inputs["x"], inputs["weight"], inputs["bias"]) + inputs["lora_bias"]
+    )
 
 
 @pytest.mark.verifies("lora_linear", "checkpoint")
@@ -405,7 +415,11 @@ def test_checkpoint_recomputes_the_same_mask(backend, dtype, reentrant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ia3_scales(dtype):
     inputs = problem(12, 20, 14, 3, dtype)
-    scales = {"in_scale": torch.rand(20).requires_grad_(), "out_scale": torch.rand(14).requires_grad_(), "scale": torch.rand(3).requires_grad_()}
+    scales = {
+        "in_scale": torch.rand(20).requires_grad_(),
+        "out_scale": torch.rand(14).requires_grad_(),
+        "scale": torch.rand(3).requires_grad_(),
+    }
     leaves = [*(inputs[name] for name in GRADS), *scales.values()]
 
     def formula(x, weight, a, b, bias, lora_bias, in_scale, out_scale, scale):
@@ -432,7 +446,18 @@ def op_args(dtype=torch.float32):
     x, weights, a, b, biases = group_problem(dtype)
     detach = lambda ts: [None if t is None else t.detach() for t in ts]  # noqa: E731
     scales = [torch.tensor(0.5), torch.rand(7), None]
-    return x.detach(), weights, detach(biases), detach(a), detach(b), scales, [None, None, torch.randn(15)], 0.25, torch.tensor(3), ""
+    return (
+        x.detach(),
+        weights,
+        detach(biases),
+        detach(a),
+        detach(b),
+        scales,
+        [None, None, torch.randn(15)],
+        0.25,
+        torch.tensor(3),
+        "",
+    )
 
 
 def test_opcheck():
@@ -442,7 +467,9 @@ def test_opcheck():
     x, weights, _, a, b, scales, _, p, seed, _ = args
     needs = [True, True, True, False, True, False, False, True, False, True]
     dys = [torch.randn_like(ys[0]), torch.randn_like(ys[1]), torch.randn_like(ys[2])]
-    torch.library.opcheck(torch.ops.fastpeft.lora_linear_backward.default, (dys, x, s, weights, a, b, scales, p, seed, needs, ""))
+    torch.library.opcheck(
+        torch.ops.fastpeft.lora_linear_backward.default, (dys, x, s, weights, a, b, scales, p, seed, needs, "")
+    )
 
 
 @pytest.mark.verifies("lora_linear", "compile")
@@ -454,14 +481,18 @@ def test_compile_fullgraph(backend, engine, dtype, p):
     leaves = [inputs[name] for name in GRADS]
 
     def layer(x, a, b, bias, lora_bias, scale):
-        return lora_linear(x, inputs["weight"], a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=p, seed=5) * 2
+        return (
+            lora_linear(x, inputs["weight"], a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=p, seed=5) * 2
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=engine)
     for scale in (0.5, 0.7, 0.9):
         eager, got = layer(*leaves, scale), compiled(*leaves, scale)
         torch.testing.assert_close(got, eager)
-        for one, two in zip(torch.autograd.grad(got, leaves, eager.detach()), torch.autograd.grad(eager, leaves, eager.detach())):
+        for one, two in zip(
+            torch.autograd.grad(got, leaves, eager.detach()), torch.autograd.grad(eager, leaves, eager.detach())
+        ):
             torch.testing.assert_close(one, two)
 
 
@@ -603,7 +634,10 @@ def test_bad_groups():
 def test_forced_backends():
     with pytest.raises(ValueError, match="must be one of cuda, triton, cpu, torch, got 'gpu'"), fp.backend("gpu"):
         pass
-    with fp.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' was forced, but this op has only cpu, torch"):
+    with (
+        fp.backend("triton"),
+        pytest.raises(RuntimeError, match="backend 'triton' was forced, but this op has only cpu, torch"),
+    ):
         lora_linear(**good())
     double = {name: t.double() for name, t in good().items()}
     with fp.backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' was forced, but cannot run: "):
@@ -643,7 +677,11 @@ def test_module_merge_unmerge_disable():
     x, weight = torch.randn(5, 24).bfloat16(), layer.base.weight.clone()
     y = layer(x)
     layer.merge()
-    exact = F.linear(x.double(), weight.double() + layer.scale * (layer.lora_b.double() @ layer.lora_a.double()), layer.base.bias.double())
+    exact = F.linear(
+        x.double(),
+        weight.double() + layer.scale * (layer.lora_b.double() @ layer.lora_a.double()),
+        layer.base.bias.double(),
+    )
     assert_close(layer(x), layer(x), exact, eps=4 * 2**-7)
     with pytest.raises(RuntimeError, match="already merged"):
         layer.merge()

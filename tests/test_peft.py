@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import pickle
-import threading
 import warnings
 
-import _close
 import peft
 import pytest
 import torch
@@ -19,11 +16,15 @@ from _peft import (
     adapters_in,
     assert_like_peft,
     assert_same_results,
+    counted_peft_calls,
     double,
     layers,
+    one_thread,
     output,
+    pair,
     peft_model,
     run,
+    runs,
     tokens,
 )
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -32,12 +33,8 @@ from torch import nn
 import fastpeft
 from fastpeft.interop.peft import FastLoraLinear
 
-
-def pair(kind: str = "llama", **settings):
-    """A model on the fast path, its report, and the same one on PEFT's code."""
-    plain = peft_model(kind, **settings)
-    fast = copy.deepcopy(plain)
-    return fast, fastpeft.apply(fast), plain
+__all__ = ["one_thread"]
+BF16_EPS = torch.finfo(torch.bfloat16).eps
 
 
 def paths(report) -> set[str]:
@@ -48,22 +45,6 @@ def reasons(report) -> str:
     return "\n".join(row.reason for row in report.layers if row.path == "peft")
 
 
-@contextlib.contextmanager
-def counted_peft_calls(monkeypatch_class=PeftLinear):
-    """How often PEFT's own forward ran."""
-    calls, original = [], monkeypatch_class.forward
-
-    def forward(self, *args, **kwargs):
-        calls.append(self)
-        return original(self, *args, **kwargs)
-
-    monkeypatch_class.forward = forward
-    try:
-        yield calls
-    finally:
-        monkeypatch_class.forward = original
-
-
 # ---- results -----------------------------------------------------------------------------------------------------------
 
 
@@ -71,19 +52,18 @@ def counted_peft_calls(monkeypatch_class=PeftLinear):
 def test_float32_models(kind, backend):
     fast, report, plain = pair(kind)
     with counted_peft_calls() as calls:
-        got = run(fast, tokens())
+        got = runs(fast)
     assert not calls and paths(report) == {"fast"} and report.groups == GROUPS[kind]
-    assert_same_results(got, run(plain, tokens()), run(double(plain), tokens()))
+    assert_same_results(got, runs(plain), runs(double(plain)))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_bfloat16_models_with_float32_adapters(kind, backend):
     fast, report, plain = pair(kind, dtype=torch.bfloat16)
-    peer = adapters_in(plain, torch.bfloat16)
-    assert fast.base_model.model is not None and paths(report) == {"fast"}
-    got, ids = run(fast, tokens()), tokens()
+    got = runs(fast)
+    assert paths(report) == {"fast"}
     assert all(grad.dtype == torch.float32 for name, grad in got.items() if "lora_" in name)
-    assert_same_results(got, run(peer, ids), run(double(plain), ids), torch.finfo(torch.bfloat16).eps)
+    assert_same_results(got, runs(adapters_in(plain, torch.bfloat16)), runs(double(plain)), BF16_EPS)
     assert "float32 adapters rounded in the kernel" in report.layers[0].arithmetic
 
 
@@ -127,19 +107,15 @@ def test_output_may_be_changed_in_place():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     fast, report, plain = pair()
-    exact = run(double(plain), tokens())
 
     def forward(model, ids):
         with torch.autocast("cpu", dtype):
-            y = output(model, ids)
-        return y
+            return output(model, ids)
 
     with counted_peft_calls() as calls:
-        got = run(fast, tokens(), forward)
+        got = runs(fast, forward)
     assert not calls and paths(report) == {"fast"}
-    peer = run(plain, tokens(), forward)
-    assert got["output"].dtype == peer["output"].dtype
-    assert_same_results(got, peer, exact, torch.finfo(dtype).eps)
+    assert_same_results(got, runs(plain, forward), runs(double(plain)), torch.finfo(dtype).eps)
 
 
 def test_dropout_falls_on_the_lora_part_in_training_only():
@@ -214,8 +190,9 @@ def test_several_adapters_with_dropout_run_pefts_code():
     assert all(row.path == "peft" and "several adapters with dropout" in row.reason for row in q_proj)
     k_proj = [row for row in report.layers if row.name.endswith("k_proj")]
     assert all(row.path == "fast" and "cannot join" in row.reason for row in k_proj)
+    x = torch.randn(3, 40)
     torch.manual_seed(3)
-    y = layers(fast)["q_proj"](x := torch.randn(3, 40))
+    y = layers(fast)["q_proj"](x)
     torch.manual_seed(3)
     assert torch.equal(y, layers(plain)["q_proj"](x))
 
@@ -435,12 +412,6 @@ def test_target_parameters_stay():
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["fc"], target_parameters=["experts.weight"], init_lora_weights=False)
-    plain = peft.get_peft_model(nn.Sequential(), config) if False else None
-    net = nn.Module()
-    net.experts = Experts()
-    net.forward = None
-    del net.forward
-
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

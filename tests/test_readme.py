@@ -34,7 +34,9 @@ def model_folder(tmp_path_factory):
 
 def losses(command, script):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, env=env, cwd=README.parent, timeout=300)
+    done = subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, env=env, cwd=README.parent, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "on PEFT's code" in done.stdout, "the report was not printed"
     return [float(found) for found in re.findall(r"step \d+ loss ([\d.]+)", done.stdout)]

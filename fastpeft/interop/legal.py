@@ -20,13 +20,8 @@ DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _LINEAR_FORWARD = nn.Linear.forward
 
 
-class Adapter(NamedTuple):
-    """a [R, K], b [N, R], bias [N] or None; scaling a number or a 0-dim tensor."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    bias: torch.Tensor | None
-    scaling: float | torch.Tensor
+# a [R, K], b [N, R], bias [N] or None, scaling: a number or a 0-dim tensor. (A plain tuple: 0.3 µs a call.)
+Adapter = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | torch.Tensor]
 
 
 class Terms(NamedTuple):
@@ -75,7 +70,7 @@ def terms(layer: PeftLinear) -> Terms | str:
             return f"adapter {name!r} is a variant ({type(own['lora_variant'][name]).__name__})"
         dropout = dropouts[name]
         adapter = _adapter(downs[name], ups[name], dropout, own["scaling"][name])
-        if type(adapter) is str:
+        if isinstance(adapter, str):
             return f"adapter {name!r} {adapter}"
         adapters.append(adapter)
         if type(dropout) is nn.Dropout and dropout.training:
@@ -99,11 +94,11 @@ def _adapter(down: nn.Module, up: nn.Module, dropout: nn.Module, scaling: object
     plain = type(a) is nn.Parameter and type(b) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
     if not plain or held_a.get("bias") is not None:
         return "is not made of plain parameters (sharded or replicated)"
-    if a.dtype not in DTYPES or b.dtype is not a.dtype or a.is_meta or b.is_meta:
-        return f"is {a.dtype} and {b.dtype} on {a.device}"
+    if a.dtype not in DTYPES or b.dtype is not a.dtype:
+        return f"is {a.dtype} and {b.dtype}"
     if type(scaling) is not float and not isinstance(scaling, (float, int)) and not _constant(scaling):
         return f"has a {type(scaling).__name__} as its scaling"
-    return Adapter(a, b, bias, scaling)
+    return a, b, bias, scaling
 
 
 def refusal(layer: PeftLinear, x: torch.Tensor, found: Terms) -> str | None:
@@ -115,7 +110,7 @@ def refusal(layer: PeftLinear, x: torch.Tensor, found: Terms) -> str | None:
         return f"x is {dtype} on {x.device}"
     if dtype is not found.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {dtype}, its base weight {found.weight.dtype}"
-    if not layer.cast_input_dtype_enabled and any(adapter.a.dtype is not dtype for adapter in found.adapters):
+    if not layer.cast_input_dtype_enabled and any(a.dtype is not dtype for a, *_ in found.adapters):
         return "casting of its input was disabled"
     if not torch.compiler.is_compiling() and (
         torch._C._get_tracing_state() is not None

@@ -30,14 +30,16 @@ class FastLoraLinear(PeftLinear):
         if args or kwargs:
             return PeftLinear.forward(self, x, *args, **kwargs)
         found = self.fast_terms(x)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            seat = self.__dict__["_fastpeft"]
+            seat.called, seat.refused = True, found if isinstance(found, str) else None
         if isinstance(found, str):
             return PeftLinear.forward(self, x)
-        if not torch.compiler.is_compiling():  # whether siblings share x depends on data there (version guards)
-            seat = self.__dict__["_fastpeft"]
-            if seat.group is not None:
-                y = seat.group.call(seat.index, self, x, found, _forward_all)
-                if y is not None:
-                    return y
+        if not compiling and seat.group is not None:  # compiled: whether siblings share x depends on data (versions)
+            y = seat.group.call(seat.index, self, x, found, _forward_all)
+            if y is not None:
+                return y
         weight, a, b, scale, bias, lora_bias = _arguments(found)
         return ops.lora_linear(
             x, weight, a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=found.dropout_p
@@ -48,10 +50,7 @@ class FastLoraLinear(PeftLinear):
         found = legal.terms(self)
         if x is None or isinstance(found, str):
             return found
-        refused = legal.refusal(self, x, found)
-        if not torch.compiler.is_compiling():
-            self.__dict__["_fastpeft"].refused = refused
-        return found if refused is None else refused
+        return legal.refusal(self, x, found) or found
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copied or unpickled: take the old place among the siblings, which are being copied too (or stay alone)."""
@@ -137,15 +136,15 @@ def _arguments(found: Terms) -> tuple[Any, ...]:
     if len(found.adapters) == 1:
         (a, b, bias, scale) = found.adapters[0]
         return weight, a, b, scale, found.bias, None if bias is None else bias * scale
-    a = torch.cat([adapter.a for adapter in found.adapters])
-    b = torch.cat([adapter.b for adapter in found.adapters], dim=1)
-    scale = torch.cat([_spread(adapter) for adapter in found.adapters])
-    lora_biases = [adapter.bias * adapter.scaling for adapter in found.adapters if adapter.bias is not None]
-    return weight, a, b, scale, found.bias, sum(lora_biases) if lora_biases else None
+    every_a, every_b, _, scalings = zip(*found.adapters, strict=True)
+    scale = torch.cat([_spread(scaling, a) for a, scaling in zip(every_a, scalings, strict=True)])
+    lora_biases = [bias * scaling for _, _, bias, scaling in found.adapters if bias is not None]
+    lora_bias = sum(lora_biases) if lora_biases else None
+    return weight, torch.cat(every_a), torch.cat(every_b, dim=1), scale, found.bias, lora_bias
 
 
-def _spread(adapter: legal.Adapter) -> torch.Tensor:
-    """scaling as a float32 [R]"""
-    scaling, like = adapter.scaling, {"dtype": torch.float32, "device": adapter.a.device}
-    rank = adapter.a.shape[0]
-    return scaling.to(**like).expand(rank) if isinstance(scaling, torch.Tensor) else torch.full((rank,), scaling, **like)
+def _spread(scaling: float | torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """scaling as a float32 [R] beside a [R, K]"""
+    if isinstance(scaling, torch.Tensor):
+        return scaling.to(a.device, torch.float32).expand(a.shape[0])
+    return torch.full(a.shape[:1], scaling, dtype=torch.float32, device=a.device)

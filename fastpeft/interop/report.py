@@ -75,16 +75,17 @@ def _row(name: str, module: nn.Module) -> LayerReport:
     if why is not None:
         return LayerReport(name, "peft", why, _peft_arithmetic(module))
     found = module.fast_terms(None)
-    return LayerReport(
-        name, "fast", _company(_seat(module)), _arithmetic(found.weight, (adapter.a for adapter in found.adapters))
-    )
+    if isinstance(found, str):
+        return LayerReport(name, "fast", _company(_seat(module)), "in its last call; its parameters are sharded between calls")
+    return LayerReport(name, "fast", _company(_seat(module)), _arithmetic(found.weight, (a for a, *_ in found.adapters)))
 
 
 def _why_peft(module: nn.Module) -> str | None:
     seat = _seat(module)
     if seat is not None:
         found = module.fast_terms(None)
-        return found if isinstance(found, str) else seat.refused
+        between = isinstance(found, str) and _sharded(module) and seat.called
+        return seat.refused if between or not isinstance(found, str) else found
     if type(module) is PeftLinear:
         return "PEFT's own class: call fastpeft.apply(model), again after adding adapters to further layers"
     if isinstance(module, LoraLayer):
@@ -105,8 +106,15 @@ def _company(seat: Seat) -> str:
 def _grouped(group: Group) -> bool:
     if group.why_alone is not None:
         return False
+    if any(map(_sharded, group.members)):
+        return group.ran
     every = [member.fast_terms(None) for member in group.members]
     return not any(isinstance(found, str) for found in every) and len({found.dropout_p for found in every}) == 1
+
+
+def _sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds it as DTensors, as it does between calls."""
+    return any(hasattr(p, "full_tensor") for p in module.parameters())
 
 
 def _seat(module: nn.Module) -> Seat | None:

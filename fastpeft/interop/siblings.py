@@ -1,8 +1,10 @@
 """Siblings that read one x (q/k/v, gate/up): the first to run computes all of them in one pass over x.
 
 The others' outputs are parked, with a strong reference to x, until each is called. A sibling takes its output only if
-it gets the same tensor object at the same version, in the same grad, inference and autocast mode and on the same
-stream, with its adapters as they were. Otherwise the group is dissolved for good, and the report says why.
+it gets the same tensor object at the same version, in the same grad, inference and autocast mode, on the same stream,
+inside the same checkpoint, with its adapters as they were. Otherwise the group is dissolved for good, and the report
+says why. Who was the first to run stays the leader: what a pass does must not depend on the one before it, because
+checkpointing replays passes.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ NAMES = (
     ("wi_0", "wi_1"),
 )
 _PATIENCE = 3  # passes in a row that left an output parked
+_FEW_ROWS = 64  # up to here inference gains nothing from one pass over x, and single calls have less to check
 
 
 def find(model: nn.Module, kind: type[nn.Module]) -> list[list[tuple[str, nn.Module]]]:
@@ -46,11 +49,12 @@ def find(model: nn.Module, kind: type[nn.Module]) -> list[list[tuple[str, nn.Mod
 
 
 class Seat:
-    """A layer's place in its group, if it has one, and why its last call took PEFT's code where x was the reason."""
+    """A layer's place in its group, if it has one, and how its last call went."""
 
     def __init__(self, group: Group | None = None, index: int = 0) -> None:
         self.group, self.index = group, index
-        self.refused: str | None = None
+        self.called = False  # was there a call, and
+        self.refused: str | None = None  # why it took PEFT's code, if it did
 
 
 class _Waiting(NamedTuple):
@@ -76,6 +80,8 @@ class Group:
     def _forget(self) -> None:
         self._members: list[weakref.ref | None] = [None] * len(self.names)
         self._local = threading.local()  # a backward thread replays forwards while another runs on
+        self._leader: int | None = None
+        self.ran = False  # whether the leader's last call computed all
         self._misses = 0
         # Checkpointing replays a forward, and the replay must group as the forward did: see _dissolve.
         self._replayable, self._in_flight = False, 0
@@ -122,12 +128,21 @@ class Group:
         compute: Callable[[torch.Tensor, Sequence[Terms]], list[torch.Tensor]],
     ) -> torch.Tensor | None:
         """This layer's y, or None: it runs alone."""
-        if self.dissolved is not None or x.is_inference():
+        if self.dissolved is not None or x.is_inference() or x.dim() == 0:
             return None  # an inference tensor has no version to compare
+        if terms.dropout_p == 0.0 and not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * x.shape[-1]:
+            return None
+        members = self.members
+        if members[index] is not layer or None in members:
+            return None
+        if self._leader is None:
+            self._leader = index
+        if index == self._leader:
+            return self._lead(index, x, terms, members, compute)
         parked = getattr(self._local, "parked", None)
         if parked is not None and index in parked.waiting:
             return self._claim(parked, index, x, terms)
-        return self._lead(index, layer, x, terms, compute)
+        return None
 
     def _claim(self, parked: _Parked, index: int, x: torch.Tensor, terms: Terms) -> torch.Tensor | None:
         y, _, expected = parked.waiting.pop(index)
@@ -137,7 +152,7 @@ class Group:
         if parked.x is not x:
             reason = f"{name} got another x than its siblings"
         elif parked.context != _context(x):
-            reason = f"x, or the grad, autocast or stream mode, changed before {name} ran"
+            reason = f"x, or the grad, autocast, stream or checkpoint mode, changed before {name} ran"
         elif expected != _fingerprint(terms):
             reason = f"the adapters or parameters of {name} changed after its siblings ran"
         elif _freed(y):
@@ -148,15 +163,15 @@ class Group:
         self._dissolve(reason)
         return None
 
-    def _lead(self, index, layer, x, terms, compute) -> torch.Tensor | None:
+    def _lead(self, index, x, terms, members, compute) -> torch.Tensor | None:
         left = getattr(self._local, "parked", None)
         if left is not None:
             self._local.parked = None
             self._misses += 1
             if self._misses >= _PATIENCE:
                 self._dissolve(f"{', '.join(self.names[i] for i in left.waiting)} did not follow with the same x")
-        members = self.members
-        if members[index] is not layer or None in members or not self._stands(terms):
+        self.ran = False
+        if not self._stands(terms):
             return None
         every = [terms if i == index else member.fast_terms(x) for i, member in enumerate(members)]
         if any(isinstance(other, str) or other.dropout_p != terms.dropout_p for other in every):
@@ -167,7 +182,7 @@ class Group:
             return None  # parameters that were made under inference_mode have no version
         ys = compute(x, every)
         waiting = {i: _Waiting(ys[i], every[i], marks[i]) for i in range(len(every)) if i != index}
-        self._local.parked = _Parked(x, context, waiting)
+        self._local.parked, self.ran = _Parked(x, context, waiting), True
         return ys[index]
 
     # ---- the end of a group ---------------------------------------------------------------------------------------
@@ -216,6 +231,7 @@ def _context(x: torch.Tensor) -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         device == "cuda" and torch.cuda.current_stream(x.device),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
     )
 
 

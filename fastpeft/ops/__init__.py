@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .lora_linear import BACKENDS, lora_linear, lora_linear_group
+from .lora_linear import lora_linear, lora_linear_group
+from .lora_linear_op import BACKENDS
 
 __all__ = ["backends", "lora_linear", "lora_linear_group"]
 

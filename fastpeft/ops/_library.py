@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch._C import _is_torch_function_mode_enabled, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 _library = torch.library.Library("fastpeft", "DEF")
 
@@ -28,8 +31,8 @@ def plain_call(x: torch.Tensor) -> bool:
     """
     return (
         type(x) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_compiling()
+        and not _len_torch_dispatch_stack()
+        and not _is_torch_function_mode_enabled()
+        and peek_interpreter_stack() is None
     )

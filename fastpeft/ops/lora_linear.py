@@ -2,13 +2,12 @@
 
     y = out_scale · ((x·in_scale) Wᵀ + scale·(drop(x) Aᵀ) Bᵀ + lora_bias) + bias
 
-Read on: `fastpeft/reference/lora_linear.py` (plain PyTorch), `fastpeft/ops/lora_linear_cpu.py` and
-`csrc/cpu/lora_linear_kernels.h` (native CPU).
+Here: the public functions, their checks, and the way to the registered op in `lora_linear_op.py` (schema, fake, autograd, the
+table of backends). Then: `lora_linear_cpu.py` and `csrc/cpu/lora_linear_kernels.h`, or `reference/lora_linear.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +15,9 @@ import torch
 
 from ..reference import lora_linear as reference
 from . import _check, lora_linear_cpu
-from ._backend import Backend, choose, forced
-from ._library import define, plain_call
+from ._backend import forced
+from ._library import plain_call
+from .lora_linear_op import apply
 
 Tensors = Sequence[torch.Tensor]
 Optionals = Sequence[torch.Tensor | None]
@@ -95,9 +95,13 @@ def lora_linear_group(
     n = len(weights)
     none = (None,) * n
     call = _Call(x, weights, biases or none, a, b, scales, lora_biases or none, dropout_p, seed)
-    for name, given in zip(("a", "b", "scales", "biases", "lora_biases"), (a, b, scales, call.biases, call.lora_biases)):
+    for name, given in zip(
+        ("a", "b", "scales", "biases", "lora_biases"), (a, b, scales, call.biases, call.lora_biases)
+    ):
         if len(given) != n or n == 0:
-            _check.bad_value("lora_linear_group", name, f"as long as weights, at least one (weights has {n})", len(given))
+            _check.bad_value(
+                "lora_linear_group", name, f"as long as weights, at least one (weights has {n})", len(given)
+            )
     if dropout_p == 1.0 or any(map(_wants_grad, scales)):
         _checked("lora_linear_group", call)
         seed = _seed(call) if dropout_p else None
@@ -147,10 +151,14 @@ def _check_base(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     if weight.dim() != 2 or weight.shape[1] != k:
         _check.bad_value(op, "weight", f"[N, K] = [N, {k}] (K is x's last dimension)", list(weight.shape))
     if weight.dtype != x.dtype:
-        _check.bad_value(op, "weight", f"of x's dtype ({x.dtype}); cast one of them or use torch.autocast", weight.dtype)
+        _check.bad_value(
+            op, "weight", f"of x's dtype ({x.dtype}); cast one of them or use torch.autocast", weight.dtype
+        )
     _check.same_device(op, "weight", weight, x)
     if weight.requires_grad:
-        _check.bad_value(op, "weight", "frozen (weight.requires_grad_(False)): it gets no gradient here", "one that requires grad")
+        _check.bad_value(
+            op, "weight", "frozen (weight.requires_grad_(False)): it gets no gradient here", "one that requires grad"
+        )
 
 
 def _check_adapter(op: str, x: torch.Tensor, n: int, a: Any, b: Any, scale: Any) -> None:
@@ -188,12 +196,7 @@ def _run(op: str, call: _Call) -> list[torch.Tensor]:
     plain = plain_call(x)
     scales = [None if a is None else _scale(scale, x, plain) for a, scale in adapters]
     seed = _seed(call) if call.dropout_p else None
-    tensors = (call.weights, call.biases, call.a, call.b, scales, call.lora_biases)
-    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for ts in tensors for t in ts)):
-        flat = [t for ts in tensors for t in ts]
-        return list(_LoraLinear.apply(call.dropout_p, forced(), x, seed, *flat)[:-1])
-    forward = _forward if plain else _forward_op
-    return forward(x, *tensors, call.dropout_p, seed, forced())[0]
+    return apply(x, (call.weights, call.biases, call.a, call.b, scales, call.lora_biases), call.dropout_p, seed, plain)
 
 
 def _autocast(call: _Call) -> _Call:
@@ -230,7 +233,12 @@ def _seed(call: _Call) -> torch.Tensor:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
-            _check.bad_value("lora_linear", "seed", f"an int or an int64 tensor [] on {device}", f"{seed.dtype} {list(seed.shape)} on {seed.device}")
+            _check.bad_value(
+                "lora_linear",
+                "seed",
+                f"an int or an int64 tensor [] on {device}",
+                f"{seed.dtype} {list(seed.shape)} on {seed.device}",
+            )
         return seed
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
         _check.bad_type("lora_linear", "seed", "an int or an int64 tensor []", seed)
@@ -256,134 +264,3 @@ def _definition(call: _Call, i: int, seed: torch.Tensor | None, in_scale, out_sc
         call.x, call.weights[i], call.a[i], call.b[i], scale=call.scales[i], bias=call.biases[i], lora_bias=call.lora_biases[i],
         dropout_p=call.dropout_p, seed=seed, in_scale=in_scale, out_scale=out_scale, projection=i,
     )  # fmt: skip
-
-
-# ---- backends ----------------------------------------------------------------------------------------------------------
-
-BACKENDS = {
-    "cpu": Backend(can=lora_linear_cpu.can, forward=lora_linear_cpu.forward, backward=lora_linear_cpu.backward),
-    "torch": Backend(can=lambda meta: None, forward=reference.forward, backward=reference.backward),
-}
-
-
-# ---- the registered ops --------------------------------------------------------------------------------------------------
-
-
-def _forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed, backend):
-    return choose("lora_linear", BACKENDS, (x, a), backend).forward(
-        x, weights, biases, a, b, scales, lora_biases, dropout_p, seed
-    )
-
-
-def _forward_fake(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed, backend):
-    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    return ys, x.new_empty(math.prod(x.shape[:-1]), sum(t.shape[0] for t in a if t is not None))
-
-
-_forward_op = define(
-    "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] a, Tensor?[] b, Tensor?[] scales, "
-    "Tensor?[] lora_biases, float dropout_p, Tensor? seed, str backend) -> (Tensor[] ys, Tensor s)",
-    _forward,
-    _forward_fake,
-)
-
-
-def _backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs, backend):
-    """Gradients of those of (x, a…, b…, bias…) whose flag in `needs` is set, in that order. x may be None if no a is."""
-    n = len(weights)
-    needs_a, needs_b, needs_bias = needs[1 : 1 + n], needs[1 + n : 1 + 2 * n], needs[1 + 2 * n :]
-    dx, das, dbs, dbiases = choose("lora_linear", BACKENDS, (s, a), backend).backward(
-        dys, x, s, weights, a, b, scales, dropout_p, seed, needs[0], needs_a, needs_b, needs_bias
-    )
-    return [grad for grad, needed in zip((dx, *das, *dbs, *dbiases), needs) if needed]
-
-
-def _backward_fake(dys, x, s, weights, a, b, scales, dropout_p, seed, needs, backend):
-    wide = torch.promote_types(s.dtype, torch.float32)
-    rows = next(dy.shape[:-1] for dy in dys if dy is not None)
-    shapes = [s.new_empty(*rows, weights[0].shape[1])]
-    shapes += [None if t is None else t.new_empty(t.shape) for t in (*a, *b)]
-    shapes += [s.new_empty(weight.shape[0], dtype=wide) for weight in weights]
-    return [t for t, needed in zip(shapes, needs) if needed]
-
-
-_backward_op = define(
-    "lora_linear_backward(Tensor?[] dys, Tensor? x, Tensor s, Tensor[] weights, Tensor?[] a, Tensor?[] b, Tensor?[] scales, "
-    "float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]",
-    _backward,
-    _backward_fake,
-)
-
-
-class _LoraLinear(torch.autograd.Function):
-    """apply(dropout_p, backend, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases) -> (*ys, s)"""
-
-    @staticmethod
-    def forward(dropout_p, backend, x, seed, *flat):
-        n = len(flat) // 6
-        forward = _forward if plain_call(x) else _forward_op
-        ys, s = forward(x, *(list(flat[i * n : (i + 1) * n]) for i in range(6)), dropout_p, seed, backend)
-        return (*ys, s)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dropout_p, backend, x, seed, *flat = inputs
-        n = len(flat) // 6
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[-1])
-        ctx.dropout_p, ctx.backend, ctx.n = dropout_p, backend, n
-        weights, biases, a, b, scales, lora_biases = (flat[i * n : (i + 1) * n] for i in range(6))
-        trains_a = any(ctx.needs_input_grad[4 + 2 * n : 4 + 3 * n])  # else x is not read again (LoRA-FA, BitFit)
-        ctx.save_for_backward(x if trains_a else None, output[-1], seed, *weights, *a, *b, *scales)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        with torch.no_grad():
-            out = _LoraLinear.gradients(ctx, grads)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            sources = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
-            out = tuple(None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out)
-        return out
-
-    @staticmethod
-    def gradients(ctx, grads):
-        n, dys = ctx.n, list(grads[:-1])
-        x, s, seed, *flat = ctx.saved_tensors
-        weights, a, b, scales = (flat[i * n : (i + 1) * n] for i in range(4))
-        wanted = ctx.needs_input_grad
-        biases, lora_biases = wanted[4 + n : 4 + 2 * n], wanted[4 + 5 * n : 4 + 6 * n]
-        live = [dy is not None for dy in dys]
-        needs = [wanted[2] and any(live)]
-        needs += [want and here for want, here in zip(wanted[4 + 2 * n : 4 + 3 * n], live)]
-        needs += [want and here for want, here in zip(wanted[4 + 3 * n : 4 + 4 * n], live)]
-        needs += [(one or two) and here for one, two, here in zip(biases, lora_biases, live)]
-        out: list[torch.Tensor | None] = [None] * len(wanted)
-        if not any(needs):
-            return tuple(out)
-        backward = _backward if plain_call(s) else _backward_op
-        found = iter(backward(dys, x, s, weights, a, b, scales, ctx.dropout_p, seed, needs, ctx.backend))
-        dx, *rest = (next(found) if needed else None for needed in needs)
-        out[2] = dx
-        out[4 + 2 * n : 4 + 4 * n] = rest[: 2 * n]
-        out[4 + n : 4 + 2 * n] = [g if want else None for g, want in zip(rest[2 * n :], biases)]
-        out[4 + 5 * n : 4 + 6 * n] = [g if want else None for g, want in zip(rest[2 * n :], lora_biases)]
-        return tuple(out)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """apply(grad, *sources) -> grad, which says so when it is differentiated."""
-
-    @staticmethod
-    def forward(grad, *sources):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(
-            "lora_linear has no second derivative; for one (a gradient penalty, say) compute the layer with plain PyTorch: "
-            "fastpeft.reference.lora_linear"
-        )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch._C import _is_any_autocast_enabled
 
 from .. import _machine, _native
 from ..reference.lora_linear import contiguous_rows
@@ -24,7 +25,7 @@ _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_RANK = 512
 _PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["cpu"]
 # Up to this many rows the native kernel reads the weight faster than PyTorch's GEMM does.
-_SMALL_M = {(isa, getattr(torch, dtype)): m for isa, by in _PLANS["small_m"].items() for dtype, m in by.items()}
+_SMALL_M = {isa: {getattr(torch, dtype): m for dtype, m in by.items()} for isa, by in _PLANS["small_m"].items()}
 
 
 def can(meta) -> str | None:
@@ -49,7 +50,7 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
     ranks = [0 if t is None else t.shape[0] for t in a]
     s = x2.new_empty(m, sum(ranks))
     total = s.shape[1]
-    small = 0 < m <= _SMALL_M[native.isa(), x.dtype] and dropout_p == 0.0 and k > 0
+    small = 0 < m <= _SMALL_M[native.isa()][x.dtype] and dropout_p == 0.0 and k > 0
     if not small:
         _down(native, code, x2, s, a, ranks, dropout_p, seed, threads)
     ys, column = [], 0
@@ -82,19 +83,19 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
 def lean(x, weight, a, b, scale, bias, lora_bias):
     """A plain inference call on few rows, straight to the native kernel; None where the call is anything else.
 
-    On tiny inputs such a call is all Python, so everything that must hold is asked for at once. A wrong argument fails that
-    too and goes on to the full path, which says what is wrong.
+    On tiny inputs such a call is all Python, so everything that must hold is asked for at once, by the cheapest question.
+    A wrong argument fails that too and goes on to the full path, which says what is wrong.
     """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or forced() not in ("", "cpu") or not plain_call(x):
+    if torch.is_grad_enabled() or _is_any_autocast_enabled() or forced() not in ("", "cpu") or not plain_call(x):
         return None
-    native, dtype = _native.cpu(), x.dtype
+    native, dtype, shape = _native.cpu(), x.dtype, x.shape
     try:
         (n, k), (r, a_k), (b_n, b_r) = weight.shape, a.shape, b.shape
         rows = x.numel() // k
         usual = (
             native is not None
-            and 0 < rows <= _SMALL_M.get((native.isa(), dtype), 0)
-            and x.shape[-1] == k == a_k
+            and 0 < rows <= _SMALL_M[native.isa()].get(dtype, 0)
+            and shape[-1] == k == a_k
             and b_n == n > 0
             and b_r == r <= _MAX_RANK
             and weight.dtype is dtype
@@ -106,22 +107,24 @@ def lean(x, weight, a, b, scale, bias, lora_bias):
         )  # fmt: skip
         if not usual:
             return None
-        scale_ptr = constant(scale).data_ptr()
-        codes = _DTYPE[dtype], _DTYPE[a.dtype], _DTYPE[b.dtype]
+        scale_ptr, code, a_code, b_code = constant(scale).data_ptr(), _DTYPE[dtype], _DTYPE[a.dtype], _DTYPE[b.dtype]
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
-    y = x.new_empty((*x.shape[:-1], n))
+    y = torch.empty_strided((rows, n), (n, 1), dtype=dtype)  # half the price of x.new_empty
     status = native.lora_linear_small(
-        codes[0], x.data_ptr(), rows, k, k, weight.data_ptr(), k, n, _ptr(bias), _code(bias), y.data_ptr(), n, 0, r, r,
-        a.data_ptr(), codes[1], k, b.data_ptr(), codes[2], r, scale_ptr, 0, _ptr(lora_bias), _code(lora_bias),
-        torch.get_num_threads(),
+        code, x.data_ptr(), rows, k, k, weight.data_ptr(), k, n, *_vector(bias), y.data_ptr(), n, 0, r, r, a.data_ptr(), a_code, k,
+        b.data_ptr(), b_code, r, scale_ptr, 0, *_vector(lora_bias), torch.get_num_threads(),
     )  # fmt: skip
     _ok(status, "lora_linear_small", rows, k, n, r)
-    return y
+    return y if len(shape) == 2 else y.view(*shape[:-1], n)
 
 
 def _is_vector(t, n: int) -> bool:
-    return t.dim() == 1 and t.shape[0] == n and t.is_cpu and t.is_contiguous() and t.dtype in _DTYPE
+    return t.shape == (n,) and t.is_cpu and t.is_contiguous() and t.dtype in _DTYPE
+
+
+def _vector(t) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.data_ptr(), _DTYPE[t.dtype])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -194,7 +197,7 @@ def _matmul(x, w, bias=None, onto=None):
 
     Where its bf16 GEMM is slower than its fp32 one, slabs of both operands are widened to fp32: exact products, one rounding.
     """
-    (m, k), n = x.shape, w.shape[1]
+    m, n = x.shape[0], w.shape[1]
     if x.dtype != torch.bfloat16 or m < _PLANS["widen"]["min_m"] or not _slow_bf16():
         if onto is not None:
             return onto.addmm_(x, w)
@@ -248,7 +251,7 @@ def _stride(scale) -> int:
 
 
 def _key(seed) -> int:
-    return 0 if seed is None else int(seed) & (2**64 - 1)
+    return 0 if seed is None else int(seed)
 
 
 def _ok(status: int, kernel: str, m: int, k: int, n: int, r: int) -> None:

@@ -1,0 +1,152 @@
+"""lora_linear as PyTorch sees it: the table of backends, the registered forward and backward ops, and autograd around them.
+
+Everything is a group of projections that read one x; a single layer is a group of one. Lists hold an entry per projection.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..reference import lora_linear as reference
+from . import lora_linear_cpu
+from ._backend import Backend, choose, forced
+from ._library import define, plain_call
+
+
+def apply(x, tensors, dropout_p, seed, plain):
+    """-> [y_i [..., N_i]]. tensors: weights, biases, a, b, scales, lora_biases; plain: see `_library.plain_call`."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for ts in tensors for t in ts)
+    ):
+        flat = [t for ts in tensors for t in ts]
+        return list(_LoraLinear.apply(dropout_p, forced(), x, seed, *flat)[:-1])
+    forward = _forward if plain else _forward_op
+    return forward(x, *tensors, dropout_p, seed, forced())[0]
+
+
+BACKENDS = {
+    "cpu": Backend(can=lora_linear_cpu.can, forward=lora_linear_cpu.forward, backward=lora_linear_cpu.backward),
+    "torch": Backend(can=lambda meta: None, forward=reference.forward, backward=reference.backward),
+}
+
+
+def _forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed, backend):
+    return choose("lora_linear", BACKENDS, (x, a), backend).forward(
+        x, weights, biases, a, b, scales, lora_biases, dropout_p, seed
+    )
+
+
+def _forward_fake(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed, backend):
+    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+    return ys, x.new_empty(math.prod(x.shape[:-1]), sum(t.shape[0] for t in a if t is not None))
+
+
+_forward_op = define(
+    "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] a, Tensor?[] b, Tensor?[] scales, "
+    "Tensor?[] lora_biases, float dropout_p, Tensor? seed, str backend) -> (Tensor[] ys, Tensor s)",
+    _forward,
+    _forward_fake,
+)
+
+
+def _backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs, backend):
+    """Gradients of those of (x, a…, b…, bias…) whose flag in `needs` is set, in that order. x may be None if no a is."""
+    n = len(weights)
+    needs_a, needs_b, needs_bias = needs[1 : 1 + n], needs[1 + n : 1 + 2 * n], needs[1 + 2 * n :]
+    dx, das, dbs, dbiases = choose("lora_linear", BACKENDS, (s, a), backend).backward(
+        dys, x, s, weights, a, b, scales, dropout_p, seed, needs[0], needs_a, needs_b, needs_bias
+    )
+    return [grad for grad, needed in zip((dx, *das, *dbs, *dbiases), needs) if needed]
+
+
+def _backward_fake(dys, x, s, weights, a, b, scales, dropout_p, seed, needs, backend):
+    wide = torch.promote_types(s.dtype, torch.float32)
+    rows = next(dy.shape[:-1] for dy in dys if dy is not None)
+    shapes = [s.new_empty(*rows, weights[0].shape[1])]
+    shapes += [None if t is None else t.new_empty(t.shape) for t in (*a, *b)]
+    shapes += [s.new_empty(weight.shape[0], dtype=wide) for weight in weights]
+    return [t for t, needed in zip(shapes, needs) if needed]
+
+
+_backward_op = define(
+    "lora_linear_backward(Tensor?[] dys, Tensor? x, Tensor s, Tensor[] weights, Tensor?[] a, Tensor?[] b, Tensor?[] scales, "
+    "float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """apply(dropout_p, backend, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases) -> (*ys, s)"""
+
+    @staticmethod
+    def forward(dropout_p, backend, x, seed, *flat):
+        n = len(flat) // 6
+        forward = _forward if plain_call(x) else _forward_op
+        ys, s = forward(x, *(list(flat[i * n : (i + 1) * n]) for i in range(6)), dropout_p, seed, backend)
+        return (*ys, s)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dropout_p, backend, x, seed, *flat = inputs
+        n = len(flat) // 6
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.dropout_p, ctx.backend, ctx.n = dropout_p, backend, n
+        weights, biases, a, b, scales, lora_biases = (flat[i * n : (i + 1) * n] for i in range(6))
+        trains_a = any(ctx.needs_input_grad[4 + 2 * n : 4 + 3 * n])  # else x is not read again (LoRA-FA, BitFit)
+        ctx.save_for_backward(x if trains_a else None, output[-1], seed, *weights, *a, *b, *scales)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        with torch.no_grad():
+            out = _LoraLinear.gradients(ctx, grads)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            sources = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+            out = tuple(None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out)
+        return out
+
+    @staticmethod
+    def gradients(ctx, grads):
+        n, dys = ctx.n, list(grads[:-1])
+        x, s, seed, *flat = ctx.saved_tensors
+        weights, a, b, scales = (flat[i * n : (i + 1) * n] for i in range(4))
+        wanted = ctx.needs_input_grad
+        biases, lora_biases = wanted[4 + n : 4 + 2 * n], wanted[4 + 5 * n : 4 + 6 * n]
+        live = [dy is not None for dy in dys]
+        needs = [wanted[2] and any(live)]
+        needs += [want and here for want, here in zip(wanted[4 + 2 * n : 4 + 3 * n], live)]
+        needs += [want and here for want, here in zip(wanted[4 + 3 * n : 4 + 4 * n], live)]
+        needs += [(one or two) and here for one, two, here in zip(biases, lora_biases, live)]
+        out: list[torch.Tensor | None] = [None] * len(wanted)
+        if not any(needs):
+            return tuple(out)
+        backward = _backward if plain_call(s) else _backward_op
+        found = iter(backward(dys, x, s, weights, a, b, scales, ctx.dropout_p, seed, needs, ctx.backend))
+        dx, *rest = (next(found) if needed else None for needed in needs)
+        out[2] = dx
+        out[4 + 2 * n : 4 + 4 * n] = rest[: 2 * n]
+        out[4 + n : 4 + 2 * n] = [g if want else None for g, want in zip(rest[2 * n :], biases)]
+        out[4 + 5 * n : 4 + 6 * n] = [g if want else None for g, want in zip(rest[2 * n :], lora_biases)]
+        return tuple(out)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """apply(grad, *sources) -> grad, which says so when it is differentiated."""
+
+    @staticmethod
+    def forward(grad, *sources):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "lora_linear has no second derivative; for one (a gradient penalty, say) compute the layer with plain PyTorch: "
+            "fastpeft.reference.lora_linear"
+        )
