@@ -83,7 +83,7 @@ def check_all(inputs, scale=0.75, p=0.0, seed=None, dy=None):
         assert mine.dtype == source.dtype
 
 
-# ---- right, in every backend -------------------------------------------------------------------------------------------
+# ---- right, in every backend ---------------------------------------------------------------------
 
 
 @pytest.mark.verifies("lora_linear", "forward", "backward")
@@ -295,7 +295,7 @@ def test_fp64_gradients_by_finite_differences():
     )
 
 
-# ---- the group -----------------------------------------------------------------------------------------------------------
+# ---- the group -----------------------------------------------------------------------------------
 
 
 def group_problem(dtype, m=44, k=36):
@@ -352,7 +352,7 @@ def test_group_with_an_unused_output(backend):
         assert torch.equal(one.grad, two.grad)
 
 
-# ---- dropout --------------------------------------------------------------------------------------------------------------
+# ---- dropout -------------------------------------------------------------------------------------
 
 
 def test_philox_known_answers():
@@ -409,7 +409,7 @@ def test_checkpoint_recomputes_the_same_mask(backend, dtype, reentrant):
     assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, plain))
 
 
-# ---- in_scale, out_scale ---------------------------------------------------------------------------------------------------
+# ---- in_scale, out_scale -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -433,13 +433,13 @@ def test_ia3_scales(dtype):
     low, exact = formula(**inputs, **scales), formula(**up)
     assert_close(ours, low, exact)
     names = [*GRADS, *scales]
-    for mine, theirs, true in zip(
-        torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(low, leaves, dy), torch.autograd.grad(exact, [up[n] for n in names], dy.double())
-    ):  # fmt: skip
-        assert_close(mine, theirs, true, eps=EPS[dtype])
+    true = torch.autograd.grad(exact, [up[name] for name in names], dy.double())
+    low = torch.autograd.grad(low, leaves, dy)
+    for one, two, three in zip(torch.autograd.grad(ours, leaves, dy), low, true):
+        assert_close(one, two, three, eps=EPS[dtype])
 
 
-# ---- inside PyTorch ----------------------------------------------------------------------------------------------------------
+# ---- inside PyTorch ------------------------------------------------------------------------------
 
 
 def op_args(dtype=torch.float32):
@@ -573,7 +573,7 @@ def test_threads(backend):
             assert all(torch.equal(one, two) for one, two in zip(result, expected))
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 def good(**changes):
@@ -647,7 +647,7 @@ def test_forced_backends():
     assert fp.ops._backend.forced() == ""
 
 
-# ---- fp.nn.LoraLinear --------------------------------------------------------------------------------------------------------------
+# ---- fp.nn.LoraLinear ----------------------------------------------------------------------------
 
 
 def module(dtype=torch.bfloat16, **kwargs):

@@ -315,7 +315,9 @@ def test_grad_up(isa, memory, dtype, wanted):
             assert torch.equal(case.t, untouched), f"{what}: wrote t"
         if db is not None:
             scale = case.scale.double()
-            check(db, scale * (dy.T @ s), scale.abs() * (dy.abs().T @ s.abs()), case.M, case.adapter_dtype, f"db {what}")
+            check(
+                db, scale * (dy.T @ s), scale.abs() * (dy.abs().T @ s.abs()), case.M, case.adapter_dtype, f"db {what}"
+            )
         if dbias is not None:
             check(dbias[0], dy.sum(0), dy.abs().sum(0), case.M, torch.float32, f"dbias {what}")
         assert torch.equal(gaps(case.t).nan_to_num(7), before.nan_to_num(7)), f"{what}: wrote between rows"
@@ -386,7 +388,7 @@ def test_special_values_propagate_as_in_a_matmul(isa, memory, dtype, value):
             huge = torch.finfo(torch.float32).max  # what is finite is checked elsewhere
             das, db = [memory.empty(case.R, case.K, torch.float32)], memory.empty(case.N, case.R, torch.float32)
 
-            def same(got, exact, what, operand=operand):
+            def same(got, exact, what, operand=operand, huge=huge):
                 check(got, exact, torch.full_like(exact, huge), 1, dtype, f"{operand} = {value}: {what}")
 
             assert case.up() == 0

@@ -45,7 +45,7 @@ def reasons(report) -> str:
     return "\n".join(row.reason for row in report.layers if row.path == "peft")
 
 
-# ---- results -----------------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
@@ -164,7 +164,7 @@ def test_rslora_and_patterns():
     assert_like_peft(fast, plain)
 
 
-# ---- PEFT's features -----------------------------------------------------------------------------------------------------
+# ---- PEFT's features -----------------------------------------------------------------------------
 
 
 def test_several_active_adapters_are_one_call():
@@ -350,7 +350,7 @@ def test_input_dtype_casting_can_be_disabled():
     assert paths(report) == {"fast"}
 
 
-# ---- what stays on PEFT's code --------------------------------------------------------------------------------------------
+# ---- what stays on PEFT's code -------------------------------------------------------------------
 
 
 def test_variants_stay_and_say_so():
@@ -376,7 +376,9 @@ def test_other_layer_types_stay_and_say_so():
             return self.fc(self.attention(h, h, h)[0])
 
     torch.manual_seed(0)
-    plain = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["conv", "fc", "attention"], init_lora_weights=False))
+    plain = peft.get_peft_model(
+        Net(), peft.LoraConfig(r=2, target_modules=["conv", "fc", "attention"], init_lora_weights=False)
+    )
     fast = copy.deepcopy(plain)
     report = fastpeft.apply(fast)
     rows = {row.name.removeprefix("base_model.model."): row for row in report.layers}
@@ -391,7 +393,8 @@ def test_a_base_of_another_class_stays():
             return super().forward(x) + 1
 
     plain = peft.get_peft_model(
-        nn.Sequential(Odd(8, 8), nn.Linear(8, 8)), peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+        nn.Sequential(Odd(8, 8), nn.Linear(8, 8)),
+        peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False),
     )
     fast = copy.deepcopy(plain)
     report = fastpeft.apply(fast)
@@ -412,6 +415,7 @@ def test_target_parameters_stay():
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["fc"], target_parameters=["experts.weight"], init_lora_weights=False)
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -523,7 +527,9 @@ def test_functorch_forward_mode_and_tracing_run_pefts_code():
     assert torch.equal(torch.func.vmap(layer)(x), torch.func.vmap(peer)(x))
     names = dict(layer.named_parameters())
     value = torch.func.grad(lambda ps: torch.func.functional_call(layer, ps, x).square().sum())(names)
-    expected = torch.func.grad(lambda ps: torch.func.functional_call(peer, ps, x).square().sum())(dict(peer.named_parameters()))
+    expected = torch.func.grad(lambda ps: torch.func.functional_call(peer, ps, x).square().sum())(
+        dict(peer.named_parameters())
+    )
     assert all(torch.equal(value[name], expected[name]) for name in expected)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, v)
@@ -559,7 +565,7 @@ def test_accelerate_offload_hooks(tmp_path):
     torch.testing.assert_close(output(late, tokens()), expected)
 
 
-# ---- apply, revert, report -------------------------------------------------------------------------------------------------
+# ---- apply, revert, report -----------------------------------------------------------------------
 
 
 def test_apply_changes_nothing_but_the_class():

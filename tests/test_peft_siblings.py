@@ -363,7 +363,9 @@ def test_recomputation_that_stops_early(calls):
         for model in (fast, plain):
             model.zero_grad()
             x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
-            y = checkpoint(lambda x, model=model: torch.cat([layer(x) for layer in qkv(model)], -1), x, use_reentrant=False)
+            y = checkpoint(
+                lambda x, model=model: torch.cat([layer(x) for layer in qkv(model)], -1), x, use_reentrant=False
+            )
             y.sum().backward()
             grads.append([x.grad] + [p.grad for p in model.parameters() if p.grad is not None])
         torch.testing.assert_close(*grads)
@@ -381,7 +383,9 @@ def test_shared_names_with_other_sizes_or_parents_are_no_group():
             self.w1, self.w3 = nn.Linear(8, 6), nn.Linear(8, 6)
 
         def forward(self, x):
-            return self.q_proj(x) + self.k_proj(x.repeat(1, 2)[:, :12]) + self.gate_proj(x) + self.up_proj(x), self.w1(x) * self.w3(x)
+            return self.q_proj(x) + self.k_proj(x.repeat(1, 2)[:, :12]) + self.gate_proj(x) + self.up_proj(x), self.w1(
+                x
+            ) * self.w3(x)
 
     model = peft.get_peft_model(Odd(), peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     plain = copy.deepcopy(model)

@@ -34,7 +34,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_compile_without_graph_breaks():
     fast, report, plain = pair("gpt2")
     with counted_peft_calls() as calls:
-        got = runs(torch.compile(fast.base_model.model.transformer.h[0].attn, backend="aot_eager", fullgraph=True), attention)
+        got = runs(
+            torch.compile(fast.base_model.model.transformer.h[0].attn, backend="aot_eager", fullgraph=True), attention
+        )
     assert not calls
     peer = runs(plain.base_model.model.transformer.h[0].attn, attention)
     exact = runs(double(plain.base_model.model.transformer.h[0].attn), attention)
@@ -118,7 +120,9 @@ def test_left_padding_and_packed_sequences():
     ids = tokens()
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    torch.testing.assert_close(output(fast, ids, attention_mask=mask)[mask == 1], output(plain, ids, attention_mask=mask)[mask == 1])
+    torch.testing.assert_close(
+        output(fast, ids, attention_mask=mask)[mask == 1], output(plain, ids, attention_mask=mask)[mask == 1]
+    )
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)  # two sequences in a row
     torch.testing.assert_close(output(fast, ids, position_ids=positions), output(plain, ids, position_ids=positions))
 
@@ -172,7 +176,9 @@ def interrupting():
     return Stop()
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "bf16": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "bf16": True}]
+)
 def test_trainer_interrupted_resumed_and_best_model(tmp_path, settings):
     plain = peft_model()
     finished = []
@@ -215,10 +221,13 @@ def test_sft_trainer(tmp_path):
         if fast:
             report = fastpeft.apply(model)
         arguments = SFTConfig(
-            output_dir=str(tmp_path / str(fast)), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
-            report_to=[], use_cpu=True, disable_tqdm=True, packing=False, bf16=False, max_length=16, save_strategy="no", seed=3,
+            output_dir=str(tmp_path / str(fast)), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2,
+            logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, packing=False, bf16=False, max_length=16,
+            save_strategy="no", seed=3,
         )  # fmt: skip
-        done = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=_tokenizer())
+        done = SFTTrainer(
+            model=model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=_tokenizer()
+        )
         done.train()
         seen.append((losses(done), done.model))
     assert {row.path for row in report.layers} == {"fast"} and report.groups == 4
@@ -236,7 +245,8 @@ def test_sft_trainer_that_wraps_the_model_itself(tmp_path):
     )  # fmt: skip
     done = SFTTrainer(
         model=base_model("llama"), args=arguments, train_dataset=Dataset.from_dict({"input_ids": Rows(8, 0).ids.tolist()}),
-        processing_class=_tokenizer(), peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        processing_class=_tokenizer(),
+        peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     )  # fmt: skip
     report = fastpeft.apply(done.model)
     with counted_peft_calls() as calls:
@@ -251,4 +261,6 @@ def _tokenizer():
     words = {f"w{i}": i for i in range(61)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3"
+    )

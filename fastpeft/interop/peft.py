@@ -41,9 +41,7 @@ class FastLoraLinear(PeftLinear):
             if y is not None:
                 return y
         weight, a, b, scale, bias, lora_bias = _arguments(found)
-        return ops.lora_linear(
-            x, weight, a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=found.dropout_p
-        )
+        return ops.lora_linear(x, weight, a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=found.dropout_p)
 
     def fast_terms(self, x: torch.Tensor | None) -> Terms | str:
         """What the fast path computes for x, or why this call is PEFT's. None: whatever x (for the report)."""
@@ -73,7 +71,9 @@ def apply(model: nn.Module) -> Report:
             "(the fast path), PEFT's other adapter layers (reported) and fastpeft.nn.LoraLinear (already fast). "
             "Wrap the model first: peft.get_peft_model(model, LoraConfig(...))"
         )
-    inside = {id(part) for module in model.modules() if isinstance(module, MultiheadAttention) for part in module.modules()}
+    inside = {
+        id(part) for module in model.modules() if isinstance(module, MultiheadAttention) for part in module.modules()
+    }
     swapped: list[nn.Module] = []
     try:
         for layer in layers:
@@ -99,7 +99,11 @@ def _check(model: nn.Module, what: str) -> None:
         raise TypeError(f"fastpeft.{what}: model must be a torch.nn.Module, got {type(model).__name__}")
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
-        hint = "call apply before fully_shard" if what == "apply" else "revert before fully_shard, or keep the fast classes"
+        hint = (
+            "call apply before fully_shard"
+            if what == "apply"
+            else "revert before fully_shard, or keep the fast classes"
+        )
         raise RuntimeError(f"fastpeft.{what}: FSDP2 (fully_shard) has already swapped classes in this model: {hint}")
 
 

@@ -76,8 +76,12 @@ def _row(name: str, module: nn.Module) -> LayerReport:
         return LayerReport(name, "peft", why, _peft_arithmetic(module))
     found = module.fast_terms(None)
     if isinstance(found, str):
-        return LayerReport(name, "fast", _company(_seat(module)), "in its last call; its parameters are sharded between calls")
-    return LayerReport(name, "fast", _company(_seat(module)), _arithmetic(found.weight, (a for a, *_ in found.adapters)))
+        return LayerReport(
+            name, "fast", _company(_seat(module)), "in its last call; its parameters are sharded between calls"
+        )
+    return LayerReport(
+        name, "fast", _company(_seat(module)), _arithmetic(found.weight, (a for a, *_ in found.adapters))
+    )
 
 
 def _why_peft(module: nn.Module) -> str | None:

@@ -255,7 +255,7 @@ def _freed(y: torch.Tensor) -> bool:
     if y.grad_fn is None:
         return False
     try:
-        y.grad_fn._raw_saved_tensors
+        _ = y.grad_fn._raw_saved_tensors
     except RuntimeError:
         return True
     return False

@@ -74,7 +74,7 @@ class LoraLinear(nn.Module):
         self.enabled = True
 
     def disable(self) -> None:
-        """Run the base alone (the parameters stay). Raises RuntimeError while merged: the update is in the weight then."""
+        """Run the base alone; the parameters stay. Raises RuntimeError while merged."""
         if self.merged:
             raise RuntimeError("LoraLinear.disable: merged; unmerge() first")
         self.enabled = False
@@ -86,7 +86,7 @@ class LoraLinear(nn.Module):
         The original weight is kept so that `unmerge` restores its bits; `keep_original=False` saves that memory, and
         `unmerge` then subtracts the update (rounded once more).
 
-        Raises RuntimeError when already merged, ValueError when the merged weight would not be finite (nothing changes).
+        Raises RuntimeError when already merged, ValueError (nothing changes) when the merged weight would not be finite.
         """
         if self.merged:
             raise RuntimeError("LoraLinear.merge: already merged; unmerge() first")

@@ -9,7 +9,7 @@ __all__ = ["backends", "lora_linear", "lora_linear_group"]
 
 
 def backends() -> dict[str, dict[str, str | None]]:
-    """For each op and backend: None where a bfloat16 CPU call could run, else the reason why not (for `fastpeft doctor`)."""
+    """For each op and backend: None where a bfloat16 CPU call could run, else the reason why not."""
     import torch
 
     x, a = torch.empty(1, 16, dtype=torch.bfloat16), torch.empty(1, 16)

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: a table per op, a test from metadata alone, and a forced choice for the process."""
+"""Which implementation of an op runs: a table per op, a test from metadata, and a forced choice for the process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = ("cuda", "triton", "cpu", "torch")
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op. `can(meta)` answers None, or the reason why it cannot run there (never looks at values)."""
+    """One implementation of an op. `can(meta)` answers None or why it cannot run there, and never looks at values."""
 
     can: Callable[[Any], str | None]
     forward: Callable

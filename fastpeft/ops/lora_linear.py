@@ -2,8 +2,9 @@
 
     y = out_scale · ((x·in_scale) Wᵀ + scale·(drop(x) Aᵀ) Bᵀ + lora_bias) + bias
 
-Here: the public functions, their checks, and the way to the registered op in `lora_linear_op.py` (schema, fake, autograd, the
-table of backends). Then: `lora_linear_cpu.py` and `csrc/cpu/lora_linear_kernels.h`, or `reference/lora_linear.py`.
+Here: the public functions, their checks, and the way to the registered op in `lora_linear_op.py` (schema, fake,
+autograd, the table of backends). Then: `lora_linear_cpu.py` and `csrc/cpu/lora_linear_kernels.h`, or
+`reference/lora_linear.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def lora_linear(
             get fp32 gradients. Both None: the base alone.
         scale: a number, or a tensor [] or [R] (several adapters stacked along R are one call).
         bias, lora_bias: [N]; `lora_bias` enters unscaled (for PEFT pass scaling·bias).
-        dropout_p: probability in [0, 1] that an element of x is dropped before `a`; the kept ones are scaled by 1/(1-p).
+        dropout_p: probability in [0, 1] that an element of x is dropped before `a`; the others are scaled by 1/(1-p).
         seed: int, or int64 tensor [], that fixes the mask (Philox4x32-10); None draws one from PyTorch's generator.
         in_scale, out_scale: [K], [N]: (IA)³ and DoRA. They, and a `scale` that requires grad, run the torch definition.
 
@@ -123,7 +124,7 @@ class _Call(NamedTuple):
     seed: Any
 
 
-# ---- argument checks -------------------------------------------------------------------------------------------------
+# ---- argument checks -----------------------------------------------------------------------------
 
 
 def _checked(op: str, call: _Call) -> None:
@@ -186,7 +187,7 @@ def _check_adapter(op: str, x: torch.Tensor, n: int, a: Any, b: Any, scale: Any)
         _check.bad_type(op, "scale", "a number or a torch.Tensor", scale)
 
 
-# ---- from the public call to the registered op ------------------------------------------------------------------------
+# ---- from the public call to the registered op ---------------------------------------------------
 
 
 def _run(op: str, call: _Call) -> list[torch.Tensor]:
@@ -249,8 +250,8 @@ def _by_definition(x, weight, a, b, scale, bias, lora_bias, dropout_p, seed, in_
     """(IA)³ scales and a trained `scale`: the definition under autograd."""
     if forced() not in ("", "torch"):
         raise RuntimeError(
-            f"lora_linear: backend {forced()!r} was forced, but in_scale, out_scale, a scale that requires grad and dropout_p = 1 "
-            "run only on the torch backend"
+            f"lora_linear: backend {forced()!r} was forced, but in_scale, out_scale, a scale "
+            "that requires grad and dropout_p = 1 run only on the torch backend"
         )
     call = _autocast(_Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed))
     _checked("lora_linear", call)

@@ -112,8 +112,8 @@ def lean(x, weight, a, b, scale, bias, lora_bias):
         return None
     y = torch.empty_strided((rows, n), (n, 1), dtype=dtype)  # half the price of x.new_empty
     status = native.lora_linear_small(
-        code, x.data_ptr(), rows, k, k, weight.data_ptr(), k, n, *_vector(bias), y.data_ptr(), n, 0, r, r, a.data_ptr(), a_code, k,
-        b.data_ptr(), b_code, r, scale_ptr, 0, *_vector(lora_bias), torch.get_num_threads(),
+        code, x.data_ptr(), rows, k, k, weight.data_ptr(), k, n, *_vector(bias), y.data_ptr(), n, 0, r, r,
+        a.data_ptr(), a_code, k, b.data_ptr(), b_code, r, scale_ptr, 0, *_vector(lora_bias), torch.get_num_threads(),
     )  # fmt: skip
     _ok(status, "lora_linear_small", rows, k, n, r)
     return y if len(shape) == 2 else y.view(*shape[:-1], n)
@@ -219,7 +219,7 @@ def _matmul(x, w, bias=None, onto=None):
 
 @functools.cache
 def _slow_bf16() -> bool:
-    """x86 without a bf16 matrix unit or a full-rate bf16 dot product: PyTorch's fp32 GEMM is faster (benches/LOG.md)."""
+    """x86 without a bf16 matrix unit or full-rate bf16 dot product: PyTorch's fp32 GEMM is faster (benches/LOG.md)."""
     cpu = _machine.cpu()
     full_rate = cpu["amx"] or ("AVX512-BF16" in cpu["isa"] and "AMD" in cpu["model"])
     return cpu["architecture"] == "x86_64" and not full_rate

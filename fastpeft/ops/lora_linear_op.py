@@ -1,4 +1,4 @@
-"""lora_linear as PyTorch sees it: the table of backends, the registered forward and backward ops, and autograd around them.
+"""lora_linear as PyTorch sees it: the table of backends, the registered ops, and autograd around them.
 
 Everything is a group of projections that read one x; a single layer is a group of one. Lists hold an entry per projection.
 """

@@ -15,7 +15,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def words(seed: torch.Tensor, shape: tuple[int, ...], projection: int = 0) -> torch.Tensor:
-    """First word of each block, int64 in [0, 2^32): key = seed (low, high), counter = (index low, high, projection, 0)."""
+    """First word of each block, int64 in [0, 2^32). Key: seed (low, high); counter: (index low, high, projection, 0)."""
     index = torch.arange(math.prod(shape), dtype=torch.int64, device=seed.device)
     c0, c1 = index & _MASK32, index >> 32
     c2, c3 = torch.full_like(index, projection), torch.zeros_like(index)
