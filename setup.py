@@ -96,8 +96,8 @@ def flags_of(path: str) -> str:
         return NVCC_FLAGS
     flags = CXX_FLAGS
     isa = isa_of(path)
-    if isa:
-        flags += f" {ISA_FLAGS[isa]}"
+    if isa:  # no exceptions: else every object exports the same weak reference to C++'s handler
+        flags += f" -fno-exceptions {ISA_FLAGS[isa]}"
     if Path(path).name.startswith("bind_"):
         includes = (pybind11_headers(), sysconfig.get_path("include"))
         flags += " " + shlex.join([f"-isystem{path}" for path in includes] + [f'-DFASTPEFT_BUILD_ID="{BUILD_ID}"'])

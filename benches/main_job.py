@@ -144,7 +144,7 @@ def full(base: nn.Module, batches: list[Tensor], seconds: float, *, device: str,
     rounds = Rounds(ways, timer_for(device))
     rounds.run(functions, count=False)
     end = time.perf_counter() + seconds
-    while rounds.samples.rounds < 3 or (time.perf_counter() < end and rounds.samples.kept < 30):
+    while rounds.samples.rounds < 2 or (time.perf_counter() < end and rounds.samples.kept < 30):
         rounds.run(functions)
         if tick is not None:
             tick()

@@ -115,6 +115,8 @@ def targets(rows: list[Row]) -> Table:
         "where that is higher. Void: the A/A row is off, or wider than a fifth of what is claimed. Too noisy: under 30 "
         "rounds.",
     )
+    if not all(row["samples"]["delay_known"] for row in rows if "samples" in row):
+        table.note += " This system does not tell how long threads waited for a CPU, so no round could be dropped."
     implied = []  # the rule that holds for every row of the kernel table: one line for all
     for row in rows:
         for item in row.get("targets", []):

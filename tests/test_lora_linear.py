@@ -475,19 +475,19 @@ def test_opcheck():
 @pytest.mark.verifies("lora_linear", "compile")
 @pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_compile_fullgraph(backend, engine, dtype, p):
+def test_compile_fullgraph(backend, engine, dtype):
     inputs = problem(30, 40, 20, 4, dtype)
     leaves = [inputs[name] for name in GRADS]
 
     def layer(x, a, b, bias, lora_bias, scale):
         return (
-            lora_linear(x, inputs["weight"], a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=p, seed=5) * 2
+            lora_linear(x, inputs["weight"], a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=0.5, seed=5)
+            * 2
         )
 
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=engine)
-    for scale in (0.5, 0.7, 0.9):
+    for scale in (0.5, 0.7):
         eager, got = layer(*leaves, scale), compiled(*leaves, scale)
         torch.testing.assert_close(got, eager)
         for one, two in zip(

@@ -438,7 +438,7 @@ def test_other_tuners_are_reported_and_left():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(peft_model().unload(), config)
     report = fastpeft.apply(model)
-    assert paths(report) == {"peft"} and "it is not a LoRA layer" in reasons(report)
+    assert paths(report) == {"peft"} and "ia3.Linear, which is not a LoRA layer" in reasons(report)
 
 
 def test_fastpefts_own_layers_are_reported():

@@ -5,8 +5,8 @@
 //   up         Y[m, n] += Sᵀ[r, m] · C[r, n]      vector along n, C = (scale·B)ᵀ; the bias is one more rank with s = 1
 //   grad_up    P[m, r] += dY[m, n] · B'[n, r]  and  G[r, n] += Sᵀ[r, m] · dY[m, n];  dbias is one more rank with s = 1
 //   grad_down  G[r, k] += Tᵀ[r, m] · X[m, k]   and  dX[m, k] += Tᵀ[r, m] · A[r, k]
-// Work is cut into a grid of row ranges x column ranges by the number of threads asked for. Sums across the grid go
-// through partial results that are added in a fixed order: for a given number of threads results repeat bit for bit.
+// The threads share a grid of row ranges x column ranges; sums across them go through partial results that are added in a
+// fixed order. For a given number of threads results repeat bit for bit.
 #pragma once
 #include <omp.h>
 
@@ -22,23 +22,6 @@ constexpr double PARALLEL_WORK = 2e5;
 
 int useful_threads(int threads, double work) { return threads > 1 && work > PARALLEL_WORK ? threads : 1; }
 
-// rows x cols cells for `threads` threads over row_tiles x col_tiles tiles, with the least cost in partial results:
-// row_cost floats for each range of rows, col_cost for each range of columns.
-struct Grid {
-  int rows = 1, cols = 1;
-  Grid(int threads, int64_t row_tiles, int64_t col_tiles, double row_cost, double col_cost) {
-    double best = -1;
-    for (int c = 1; c <= threads; ++c) {
-      const int r = threads / c;
-      const double rounds = (double)(blocks(row_tiles, r) * blocks(col_tiles, c)) * r * c;  // >= all tiles; idle ones too
-      const double work = rounds * MB * KC * (double)threads / (r * c);
-      const double cost = work + (r > 1 ? r * row_cost : 0) + (c > 1 ? c * col_cost : 0);
-      if (best < 0 || cost < best) best = cost, rows = r, cols = c;
-    }
-  }
-  int cells() const { return rows * cols; }
-};
-
 // Projections whose ranks share one operand: all of them, or one each where each has its own dropout mask.
 struct Group {
   const Projection* first;
@@ -50,7 +33,7 @@ struct Group {
 struct Groups {
   const Projection* projections;
   int total, count;
-  Groups(const Projection* p, int n, bool dropout) : projections(p), total(n), count(dropout ? n : smaller(n, 1)) {}
+  Groups(const Projection* p, int n, bool dropout) : projections(p), total(n), count(dropout ? n : n > 0) {}
   Group operator[](int g) const {
     Group group{projections, total, 0, 0, false};
     if (count == total) group.first = projections + g, group.count = 1;
@@ -59,12 +42,6 @@ struct Groups {
     return group;
   }
 };
-
-int64_t total_ranks(const Projection* p, int n) {
-  int64_t R = 0;
-  for (int i = 0; i < n; ++i) R += p[i].R;
-  return R;
-}
 
 // lanes[j, r] = adapter[row+j, r] · scale[r] rounded to T, j < rows; lanes' rows are ld apart, zeros from R on
 template <class T>
@@ -79,33 +56,29 @@ void load_adapter(float* lanes, int64_t ld, const Matrix& adapter, int64_t row, 
   }
 }
 
-// out[r, m] = s[m, r], m < rows, r < R; out's rows are MB apart
-template <class T>
-void load_ranks(float* out, const T* s, int64_t ld, int64_t rows, int64_t R) {
-  float row[W];
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t r0 = 0; r0 < R; r0 += W) {
-      const int n = (int)smaller(W, R - r0);
-      convert_row(row, s + m * ld + r0, n);
-      for (int r = 0; r < n; ++r) out[(r0 + r) * MB + m] = row[r];
-    }
+// C[m, k] += Σ_j Lᵀ[j, m] · B[j, k], rounded once, k < cols; L's rows are MB apart
+template <class T, class Next>
+void add_product(T* c, int64_t ldc, const float* l, const float* b, int64_t ldb, int rows, int64_t J, int cols,
+                 float* scratch, Next& next) {
+  const int whole = IS_FLOAT<T> || J <= MAX_SUM ? cols / W : 0;  // vectors that need no fp32 copy
+  if (whole) tile_gemm<1, MB>(c, ldc, l, b, ldb, rows, J, whole, next);
+  const int done = whole * W;
+  if (done == cols) return;
+  NextTile<T>(scratch, c + done, ldc, {0, 0, rows, cols - done}).finish();
+  tile_gemm<1, MB>(scratch, TILE_LD, l, b + done, ldb, rows, J, (cols - done + W - 1) / W, next);
+  store_tile(c + done, ldc, scratch, rows, cols - done);
 }
 
-// The tile of a matrix that a pass reads: for float rows of whole vectors in place, else a converted copy.
-struct Tile {
-  const float* data;
-  int64_t ld;
-};
+// out[m, r] = Σ_c partial[c, m, lane + r] rounded to T, for one row m; partial is [parts, M, lanes]
 template <class T>
-Tile read_tile(float* scratch, const T* src, int64_t ld, int rows, int cols) {
-  load_tile(scratch, src, ld, rows, cols);
-  return {scratch, TILE_LD};
-}
-template <>
-Tile read_tile(float* scratch, const float* src, int64_t ld, int rows, int cols) {
-  if (cols % W == 0) return {src, ld};
-  load_tile(scratch, src, ld, rows, cols);
-  return {scratch, TILE_LD};
+void add_parts(T* out, const float* partial, int parts, int64_t stride, int64_t R) {
+  float sums[W];
+  for (int64_t r = 0; r < R; r += W) {
+    V sum = load(partial + r);
+    for (int c = 1; c < parts; ++c) sum = add(sum, load(partial + c * stride + r));
+    store(sums, sum);
+    convert_row(out + r, sums, smaller(W, R - r));
+  }
 }
 
 // ---- down ----
@@ -121,51 +94,33 @@ int down(const LoraLinearDown& d) {
   for (int g = 0; g < groups.count; ++g) lanes += round_up(groups[g].R, W);
   if (lanes == 0) return OK;
   const int threads = useful_threads(d.threads, (double)M * K * lanes);
-  const int64_t row_tiles = blocks(M, MB), col_tiles = blocks(K, KC);
-  const Grid grid(threads, row_tiles, col_tiles, 0, (double)M * lanes);
+  const Grid grid(threads, M, K, 0, (double)M);
 
   Workspace work;
-  if (!work.allocate(Workspace::size(K * lanes) + Workspace::size(grid.cols * M * lanes))) return OUT_OF_MEMORY;
-  float* at = work.take(K * lanes);                 // group after group, each [K, its lanes]
-  float* partial = work.take(grid.cols * M * lanes);  // [grid.cols, M, lanes]
-
-  // s[m, ...] = Σ_c partial[c, m, ...] for one tile of rows
-  const auto finish = [&](int64_t m0, int rows) {
-    for (int c = 1; c < grid.cols; ++c)
-      for (int64_t i = m0 * lanes; i < (m0 + rows) * lanes; i += W)
-        store(partial + i, add(load(partial + i), load(partial + c * M * lanes + i)));
-    int64_t lane = 0;
-    for (int g = 0; g < groups.count; ++g) {
-      const Group group = groups[g];
-      int64_t within = lane;
-      for (int i = 0; i < group.count; within += group.first[i++].R)
-        for (int64_t m = m0; m < m0 + rows; ++m)
-          convert_row(s + m * d.s.ld + group.first[i].column, partial + m * lanes + within, group.first[i].R);
-      lane += round_up(group.R, W);
-    }
-  };
+  if (!work.allocate(Workspace::size(K * lanes) + Workspace::size(grid.cols * M * lanes + W))) return OUT_OF_MEMORY;
+  float* at = work.take(K * lanes);                       // group after group, each [K, its lanes]
+  float* partial = work.take(grid.cols * M * lanes + W);  // [grid.cols, M, lanes] of s; read by whole vectors
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     // at[k, r] = A[r, k]
     alignas(64) float rows[W * KC];
 #pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < col_tiles; ++tile) {
+    for (int64_t tile = 0; tile < blocks(K, KC); ++tile) {
       const int64_t k0 = tile * KC, cols = smaller(KC, K - k0);
       float* block = at;
       for (int g = 0; g < groups.count; ++g) {
         const Group group = groups[g];
         const int64_t ld = round_up(group.R, W);
         int64_t lane = 0;
-        for (int i = 0; i < group.count; ++i) {
+        for (int i = 0; i < group.count; lane += group.first[i++].R) {
           const Projection& p = group.first[i];
+          const Matrix a{(void*)element(p.a.data, p.a.dtype, k0), p.a.ld, p.a.dtype};
           for (int64_t r0 = 0; r0 < p.R; r0 += W) {
             const int64_t n = smaller(W, p.R - r0);
-            const Matrix a{(void*)element(p.a.data, p.a.dtype, k0), p.a.ld, p.a.dtype};
             load_adapter<T>(rows, KC, a, r0, n, cols, Scale{});
             transpose(block + k0 * ld + lane + r0, ld, rows, KC, n, cols);
           }
-          lane += p.R;
         }
         for (int64_t k = k0; k < k0 + cols; ++k)
           for (int64_t r = lane; r < ld; ++r) block[k * ld + r] = 0.0f;
@@ -173,39 +128,42 @@ int down(const LoraLinearDown& d) {
       }
     }
 
-    alignas(64) float tile[MB * TILE_LD], masked[MB * TILE_LD];
-    for (int cell = omp_get_thread_num(); cell < grid.cells(); cell += omp_get_num_threads()) {
-      const int c = cell % grid.cols;
-      const Part row_part(row_tiles, grid.rows, cell / grid.cols), col_part(col_tiles, grid.cols, c);
-      for (int64_t i = row_part.begin; i < row_part.end; ++i) {
-        const int64_t m0 = i * MB;
-        const int rows = (int)smaller(MB, M - m0);
-        float* p = partial + (c * M + m0) * lanes;
-        memset(p, 0, (size_t)(rows * lanes) * sizeof(float));
-        for (int64_t k0 = col_part.begin * KC; k0 < smaller(K, col_part.end * KC); k0 += KC) {
-          const int cols = (int)smaller(KC, K - k0);
-          load_tile(tile, x + m0 * d.x.ld + k0, d.x.ld, rows, cols);  // [rows, cols]
-          const float* block = at;
-          int64_t lane = 0;
-          for (int g = 0; g < groups.count; ++g) {
-            const int64_t ld = round_up(groups[g].R, W);
-            if (mask) {
-              mask.tile(masked, m0, rows, k0, cols, K, groups[g].first->index);
-              for (int m = 0; m < rows; ++m)
-                for (int k = m * TILE_LD; k < m * TILE_LD + cols; k += W)
-                  store(masked + k, mul(load(masked + k), load(tile + k)));
-            }
-            tile_gemm<TILE_LD, 1>(p + lane, lanes, mask ? masked : tile, block + k0 * ld, ld, rows, cols, (int)(ld / W));
-            block += K * ld, lane += ld;
+    alignas(64) float tiles[2][MB * TILE_LD], masked[MB * TILE_LD];
+    for (int c = omp_get_thread_num(); c < grid.cells(); c += omp_get_num_threads()) {
+      const Cell cell(grid, c);
+      float* sums = partial + cell.col * M * lanes;
+      for (int64_t i = cell.m_begin() * lanes; i < cell.m_end() * lanes; i += W) store(sums + i, zero());
+      NextTile<T>(tiles[0], x, d.x.ld, cell.along_rows(0)).finish();
+      for (int64_t i = 0; i < cell.count; ++i) {
+        const TileAt t = cell.along_rows(i);
+        const float* tile = tiles[i % 2];  // [rows, cols]
+        NextTile<T> next(tiles[(i + 1) % 2], x, d.x.ld, cell.along_rows(i + 1));
+        const float* block = at;
+        float* p = sums + t.m0 * lanes;
+        for (int g = 0; g < groups.count; ++g) {
+          const int64_t ld = round_up(groups[g].R, W);
+          if (mask) {
+            mask.tile(masked, t, K, groups[g].first->index);
+            for (int k = 0; k < t.rows * TILE_LD; k += W) store(masked + k, mul(load(masked + k), load(tile + k)));
           }
+          tile_gemm<TILE_LD, 1>(p, lanes, mask ? masked : tile, block + t.k0 * ld, ld, t.rows, t.cols, (int)(ld / W), next);
+          block += K * ld, p += ld;
         }
-        if (grid.cols == 1) finish(m0, rows);
+        next.finish();
       }
     }
-    if (grid.cols > 1) {
 #pragma omp barrier
+
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < row_tiles; ++i) finish(i * MB, (int)smaller(MB, M - i * MB));
+    for (int64_t m = 0; m < M; ++m) {
+      const float* row = partial + m * lanes;
+      for (int g = 0; g < groups.count; ++g) {
+        const Group group = groups[g];
+        int64_t lane = 0;
+        for (int i = 0; i < group.count; lane += group.first[i++].R)
+          add_parts(s + m * d.s.ld + group.first[i].column, row + lane, grid.cols, M * lanes, group.first[i].R);
+        row += round_up(group.R, W);
+      }
     }
   }
   return OK;
@@ -215,13 +173,12 @@ int down(const LoraLinearDown& d) {
 
 template <class T>
 int up(const LoraLinearUp& u) {
-  const int64_t M = u.M, N = u.N, R = u.R, J = R + (u.bias.data ? 1 : 0);
+  const int64_t M = u.M, N = u.N, R = u.R, J = R + (u.bias.data ? 1 : 0), ld = round_up(N, W);
   if (J == 0) return OK;
   T* y = (T*)u.y.data;
   const T* s = (const T*)u.s.data;
   const int threads = useful_threads(u.threads, (double)M * N * J);
-  const int64_t row_tiles = blocks(M, MB), col_tiles = blocks(N, KC), ld = round_up(N, W);
-  const Grid grid(threads, row_tiles, col_tiles, 0, 0);
+  const Grid grid(threads, M, N, 0, 0);
 
   Workspace work;
   if (!work.allocate(Workspace::size(J * ld) + grid.cells() * Workspace::size(J * MB))) return OUT_OF_MEMORY;
@@ -232,7 +189,7 @@ int up(const LoraLinearUp& u) {
   {
     alignas(64) float rows[KC * W];
 #pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < col_tiles; ++tile) {
+    for (int64_t tile = 0; tile < blocks(N, KC); ++tile) {
       const int64_t n0 = tile * KC, n = smaller(KC, N - n0);
       for (int64_t r0 = 0; r0 < R; r0 += W) {
         const int64_t width = smaller(W, R - r0);
@@ -247,22 +204,18 @@ int up(const LoraLinearUp& u) {
     }
 
     alignas(64) float scratch[MB * TILE_LD];
-    for (int cell = omp_get_thread_num(); cell < grid.cells(); cell += omp_get_num_threads()) {
-      float* st = ranks + cell * Workspace::size(J * MB);
-      const Part row_part(row_tiles, grid.rows, cell / grid.cols), col_part(col_tiles, grid.cols, cell % grid.cols);
-      for (int64_t i = row_part.begin; i < row_part.end; ++i) {
-        const int64_t m0 = i * MB;
-        const int rows = (int)smaller(MB, M - m0);
-        if (R) load_ranks(st, s + m0 * u.s.ld, u.s.ld, rows, R);
-        if (J > R)
-          for (int m = 0; m < rows; ++m) st[R * MB + m] = 1.0f;
-        for (int64_t n0 = col_part.begin * KC; n0 < smaller(N, col_part.end * KC); n0 += KC) {
-          const int cols = (int)smaller(KC, N - n0);
-          T* out = y + m0 * u.y.ld + n0;
-          const Tile tile = read_tile(scratch, out, u.y.ld, rows, cols);  // [rows, cols]
-          tile_gemm<1, MB>((float*)tile.data, tile.ld, st, ct + n0, ld, rows, J, (cols + W - 1) / W);
-          if (tile.data == scratch) store_tile(out, u.y.ld, scratch, rows, cols);
+    NoTile none;
+    for (int c = omp_get_thread_num(); c < grid.cells(); c += omp_get_num_threads()) {
+      const Cell cell(grid, c);
+      float* st = ranks + c * Workspace::size(J * MB);
+      for (int64_t i = 0; i < cell.count; ++i) {
+        const TileAt t = cell.along_rows(i);
+        if (t.k0 == cell.k_begin()) {
+          if (R) transpose(st, MB, s + t.m0 * u.s.ld, u.s.ld, t.rows, R);
+          if (J > R)
+            for (int m = 0; m < t.rows; ++m) st[R * MB + m] = 1.0f;
         }
+        add_product(y + t.m0 * u.y.ld + t.k0, u.y.ld, st, ct + t.k0, ld, t.rows, J, t.cols, scratch, none);
       }
     }
   }
@@ -280,15 +233,14 @@ int grad_up(const LoraLinearGradUp& u) {
   const T *dy = (const T*)u.dy.data, *s = (const T*)u.s.data;
   T* t = (T*)u.t.data;
   const int threads = useful_threads(u.threads, (double)M * N * (J + lanes));
-  const int64_t row_tiles = blocks(M, MB), col_tiles = blocks(N, KC);
-  const Grid grid(threads, row_tiles, col_tiles, (double)J * ld, (double)M * lanes);
+  const Grid grid(threads, M, N, J ? (double)N : 0, wants_t ? (double)M : 0);
 
   Workspace work;
-  if (!work.allocate(Workspace::size(N * lanes) + Workspace::size(row_tiles * J * MB) +
+  if (!work.allocate(Workspace::size(N * lanes) + Workspace::size(blocks(M, MB) * J * MB) +
                      Workspace::size(grid.cols * M * lanes) + Workspace::size(grid.rows * J * ld)))
     return OUT_OF_MEMORY;
   float* bt = work.take(N * lanes);                   // [N, lanes]: scale[r] · B[n, r]
-  float* st = work.take(row_tiles * J * MB);          // tile after tile, [J, MB]: s, then ones
+  float* st = work.take(blocks(M, MB) * J * MB);      // for each row of tiles [J, MB]: s, then ones
   float* partial = work.take(grid.cols * M * lanes);  // [grid.cols, M, lanes] of t
   float* grad = work.take(grid.rows * J * ld);        // [grid.rows, J, N] of db and dbias
 
@@ -296,72 +248,62 @@ int grad_up(const LoraLinearGradUp& u) {
   {
     if (wants_t) {
 #pragma omp for schedule(static) nowait
-      for (int64_t tile = 0; tile < col_tiles; ++tile)
-        load_adapter<T>(bt + tile * KC * lanes, lanes, u.b, tile * KC, smaller(KC, N - tile * KC), R, u.scale);
+      for (int64_t n0 = 0; n0 < N; n0 += KC)
+        load_adapter<T>(bt + n0 * lanes, lanes, u.b, n0, smaller(KC, N - n0), R, u.scale);
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < row_tiles; ++i) {
-      const int64_t rows = smaller(MB, M - i * MB);
-      float* out = st + i * J * MB;
-      if (wants_db) load_ranks(out, s + i * MB * u.s.ld, u.s.ld, rows, R);
+    for (int64_t m0 = 0; m0 < M; m0 += MB) {
+      const int64_t rows = smaller(MB, M - m0);
+      if (wants_db) transpose(st + m0 * J, MB, s + m0 * u.s.ld, u.s.ld, rows, R);
       if (wants_dbias)
-        for (int64_t m = 0; m < rows; ++m) out[(J - 1) * MB + m] = 1.0f;
+        for (int64_t m = 0; m < rows; ++m) st[m0 * J + (J - 1) * MB + m] = 1.0f;
     }
 
-    alignas(64) float scratch[MB * TILE_LD];
-    for (int cell = omp_get_thread_num(); cell < grid.cells(); cell += omp_get_num_threads()) {
-      const int r = cell / grid.cols, c = cell % grid.cols;
-      const Part row_part(row_tiles, grid.rows, r), col_part(col_tiles, grid.cols, c);
-      const int64_t m_begin = row_part.begin * MB, m_end = smaller(M, row_part.end * MB);
-      if (m_begin < m_end)
-        memset(partial + (c * M + m_begin) * lanes, 0, (size_t)((m_end - m_begin) * lanes) * sizeof(float));
-      for (int64_t n0 = col_part.begin * KC; n0 < smaller(N, col_part.end * KC); n0 += KC) {
-        const int cols = (int)smaller(KC, N - n0), vecs = (cols + W - 1) / W;
-        float* g = grad + r * J * ld + n0;
-        for (int64_t j = 0; j < J; ++j) memset(g + j * ld, 0, (size_t)(vecs * W) * sizeof(float));
-        for (int64_t m0 = m_begin; m0 < m_end; m0 += MB) {
-          const int rows = (int)smaller(MB, M - m0);
-          const T* src = dy + m0 * u.dy.ld + n0;
-          load_tile(scratch, src, u.dy.ld, rows, cols);  // [rows, cols]
-          if (wants_t)
-            tile_gemm<TILE_LD, 1>(partial + (c * M + m0) * lanes, lanes, scratch, bt + n0 * lanes, lanes, rows, cols,
-                                  (int)(lanes / W));
-          if (J) tile_gemm<MB, 1>(g, ld, st + m0 * J, scratch, TILE_LD, J, rows, vecs);
-        }
+    alignas(64) float tiles[2][MB * TILE_LD];
+    for (int c = omp_get_thread_num(); c < grid.cells(); c += omp_get_num_threads()) {
+      const Cell cell(grid, c);
+      float *sums = partial + cell.col * M * lanes, *g = grad + cell.row * J * ld;
+      for (int64_t i = cell.m_begin() * lanes; i < cell.m_end() * lanes; i += W) store(sums + i, zero());
+      for (int64_t j = 0; j < J; ++j)
+        for (int64_t n = cell.k_begin(); n < cell.k_end(); n += W) store(g + j * ld + n, zero());
+      NextTile<T>(tiles[0], dy, u.dy.ld, cell.along_rows(0)).finish();
+      for (int64_t i = 0; i < cell.count; ++i) {
+        const TileAt at = cell.along_rows(i);
+        const float* tile = tiles[i % 2];  // [rows, cols]
+        NextTile<T> next(tiles[(i + 1) % 2], dy, u.dy.ld, cell.along_rows(i + 1));
+        if (wants_t)
+          tile_gemm<TILE_LD, 1>(sums + at.m0 * lanes, lanes, tile, bt + at.k0 * lanes, lanes, at.rows, at.cols,
+                                (int)(lanes / W), next);
+        if (J) tile_gemm<MB, 1>(g + at.k0, ld, st + at.m0 * J, tile, TILE_LD, J, at.rows, (int)blocks(at.cols, W), next);
+        next.finish();
       }
     }
 #pragma omp barrier
 
     if (wants_t) {
 #pragma omp for schedule(static) nowait
-      for (int64_t m = 0; m < M; ++m) {
-        float* row = partial + m * lanes;
-        for (int c = 1; c < grid.cols; ++c)
-          for (int64_t r = 0; r < lanes; r += W) store(row + r, add(load(row + r), load(row + c * M * lanes + r)));
-        convert_row(t + m * u.t.ld, row, R);
-      }
+      for (int64_t m = 0; m < M; ++m) add_parts(t + m * u.t.ld, partial + m * lanes, grid.cols, M * lanes, R);
     }
     if (J) {
       // grad's first part becomes the sum of all; then db[n, r] = scale[r] · grad[r, n]
       alignas(64) float rows[KC * W];
 #pragma omp for schedule(static)
-      for (int64_t tile = 0; tile < col_tiles; ++tile) {
-        const int64_t n0 = tile * KC, n = smaller(KC, N - n0);
+      for (int64_t n0 = 0; n0 < N; n0 += KC) {
+        const int64_t n = smaller(KC, N - n0);
         for (int64_t j = 0; j < J; ++j) {
-          const V scale = wants_db && j < R ? set1(u.scale.data[j * u.scale.stride]) : set1(1.0f);
-          for (int64_t k = n0; k < n0 + n; k += W) {
-            V sum = load(grad + j * ld + k);
-            for (int r = 1; r < grid.rows; ++r) sum = add(sum, load(grad + (r * J + j) * ld + k));
-            store(grad + j * ld + k, mul(sum, scale));
+          const V scale = set1(wants_db && j < R ? u.scale.data[j * u.scale.stride] : 1.0f);
+          for (int64_t k = j * ld + n0; k < j * ld + n0 + n; k += W) {
+            V sum = load(grad + k);
+            for (int r = 1; r < grid.rows; ++r) sum = add(sum, load(grad + r * J * ld + k));
+            store(grad + k, mul(sum, scale));
           }
         }
-        if (wants_db)
-          for (int64_t r0 = 0; r0 < R; r0 += W) {
-            const int64_t ranks = smaller(W, R - r0);
-            transpose(rows, W, grad + r0 * ld + n0, ld, ranks, n);
-            for (int64_t k = 0; k < n; ++k)
-              row_from_float((void*)element(u.db, u.b.dtype, (n0 + k) * R + r0), u.b.dtype, rows + k * W, ranks);
-          }
+        for (int64_t r0 = 0; wants_db && r0 < R; r0 += W) {
+          const int64_t width = smaller(W, R - r0);
+          transpose(rows, W, grad + r0 * ld + n0, ld, width, n);
+          for (int64_t k = 0; k < n; ++k)
+            row_from_float((void*)element(u.db, u.b.dtype, (n0 + k) * R + r0), u.b.dtype, rows + k * W, width);
+        }
         if (wants_dbias)
           row_from_float((void*)element(u.dbias, u.dbias_dtype, n0), u.dbias_dtype, grad + (J - 1) * ld + n0, n);
       }
@@ -376,23 +318,23 @@ template <class T>
 int grad_down(const LoraLinearGradDown& d) {
   const Keep mask(d.dropout);
   const Groups groups(d.projections, d.count, (bool)mask);
-  const int64_t M = d.M, K = d.K, R = total_ranks(d.projections, d.count), ld = round_up(K, W);
+  const int64_t M = d.M, K = d.K, ld = round_up(K, W);
+  int64_t R = 0;
   bool wants_da = false;
-  for (int i = 0; i < d.count; ++i) wants_da |= d.projections[i].da != nullptr;
+  for (int i = 0; i < d.count; ++i) R += d.projections[i].R, wants_da |= d.projections[i].da != nullptr;
   const bool wants_dx = d.dx.data;
-  if (!wants_da && !wants_dx) return OK;
+  if (R == 0 || (!wants_da && !wants_dx)) return OK;
   const T *x = (const T*)d.x.data, *t = (const T*)d.t.data;
   T* dx = (T*)d.dx.data;
   const int threads = useful_threads(d.threads, (double)M * K * R * (wants_da + wants_dx));
-  const int64_t row_tiles = blocks(M, MB), col_tiles = blocks(K, KC);
-  const Grid grid(threads, row_tiles, col_tiles, wants_da ? (double)R * ld : 0, 0);
+  const Grid grid(threads, M, K, wants_da ? (double)K : 0, 0);
 
   Workspace work;
-  if (!work.allocate(Workspace::size(wants_dx ? R * ld : 0) + Workspace::size(row_tiles * R * MB) +
+  if (!work.allocate(Workspace::size(wants_dx ? R * ld : 0) + Workspace::size(blocks(M, MB) * R * MB) +
                      Workspace::size(wants_da ? grid.rows * R * ld : 0)))
     return OUT_OF_MEMORY;
-  float* a = work.take(wants_dx ? R * ld : 0);                  // [R, K], the projections' ranks one after another
-  float* tt = work.take(row_tiles * R * MB);                    // tile after tile, [R, MB]
+  float* a = work.take(wants_dx ? R * ld : 0);                 // [R, K], the projections' ranks one after another
+  float* tt = work.take(blocks(M, MB) * R * MB);               // for each row of tiles [R, MB]
   float* grad = work.take(wants_da ? grid.rows * R * ld : 0);  // [grid.rows, R, K]
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -403,52 +345,50 @@ int grad_down(const LoraLinearGradDown& d) {
       for (int64_t j = 0; j < p.R; ++j) load_adapter<T>(a + (r + j) * ld, ld, p.a, j, 1, K, Scale{});
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < row_tiles; ++i)
-      for (int64_t j = 0, r = 0; j < d.count; r += d.projections[j++].R)
-        load_ranks(tt + (i * R + r) * MB, t + i * MB * d.t.ld + d.projections[j].column, d.t.ld, smaller(MB, M - i * MB),
-                   d.projections[j].R);
+    for (int64_t m0 = 0; m0 < M; m0 += MB)
+      for (int64_t i = 0, r = 0; i < d.count; r += d.projections[i++].R)
+        transpose(tt + m0 * R + r * MB, MB, t + m0 * d.t.ld + d.projections[i].column, d.t.ld, smaller(MB, M - m0),
+                  d.projections[i].R);
 
-    alignas(64) float x_scratch[MB * TILE_LD], dx_scratch[MB * TILE_LD], kept[MB * TILE_LD], masked[MB * TILE_LD];
-    for (int cell = omp_get_thread_num(); cell < grid.cells(); cell += omp_get_num_threads()) {
-      const int part = cell / grid.cols;
-      const Part row_part(row_tiles, grid.rows, part), col_part(col_tiles, grid.cols, cell % grid.cols);
-      for (int64_t k0 = col_part.begin * KC; k0 < smaller(K, col_part.end * KC); k0 += KC) {
-        const int cols = (int)smaller(KC, K - k0), vecs = (cols + W - 1) / W;
-        float* g = grad + part * R * ld + k0;
-        for (int64_t r = 0; wants_da && r < R; ++r) memset(g + r * ld, 0, (size_t)(vecs * W) * sizeof(float));
-        for (int64_t m0 = row_part.begin * MB; m0 < smaller(M, row_part.end * MB); m0 += MB) {
-          const int rows = (int)smaller(MB, M - m0);
-          Tile xt{}, dxt{};
-          if (wants_da) xt = read_tile(x_scratch, x + m0 * d.x.ld + k0, d.x.ld, rows, cols);  // [rows, cols]
-          if (wants_dx) dxt = read_tile(dx_scratch, dx + m0 * d.dx.ld + k0, d.dx.ld, rows, cols);
-          for (int i = 0; i < groups.count; ++i) {
-            const Group group = groups[i];
-            const float* ranks = tt + m0 * R + group.offset * MB;  // [group.R, rows]
-            const float* rows_a = a + group.offset * ld + k0;
-            if (!mask) {
-              if (wants_da) tile_gemm<MB, 1>(g, ld, ranks, xt.data, xt.ld, R, rows, vecs);
-              if (wants_dx) tile_gemm<1, MB>((float*)dxt.data, dxt.ld, ranks, rows_a, ld, rows, R, vecs);
-              continue;
-            }
-            mask.tile(kept, m0, rows, k0, cols, K, group.first->index);
+    alignas(64) float tiles[2][MB * TILE_LD], dx_tile[MB * TILE_LD], kept[MB * TILE_LD], product[MB * TILE_LD];
+    for (int c = omp_get_thread_num(); c < grid.cells(); c += omp_get_num_threads()) {
+      const Cell cell(grid, c);
+      float* g = grad + cell.row * R * ld;
+      for (int64_t r = 0; wants_da && r < R; ++r)
+        for (int64_t k = cell.k_begin(); k < cell.k_end(); k += W) store(g + r * ld + k, zero());
+      const auto load_next = [&](int64_t i) {
+        return NextTile<T>(tiles[i % 2], x, d.x.ld, wants_da ? cell.along_rows(i) : TileAt{0, 0, 0, 0});
+      };
+      load_next(0).finish();
+      for (int64_t i = 0; i < cell.count; ++i) {
+        const TileAt at = cell.along_rows(i);
+        const float *tile = tiles[i % 2], *ranks = tt + at.m0 * R;  // [rows, cols], [R, rows]
+        const int vecs = (int)blocks(at.cols, W);
+        T* out = dx + at.m0 * d.dx.ld + at.k0;
+        NextTile<T> next = load_next(i + 1);
+        if (!mask) {
+          if (wants_da) tile_gemm<MB, 1>(g + at.k0, ld, ranks, tile, TILE_LD, R, at.rows, vecs, next);
+          if (wants_dx) add_product(out, d.dx.ld, ranks, a + at.k0, ld, at.rows, R, at.cols, product, next);
+        } else {
+          if (wants_dx) NextTile<T>(dx_tile, dx, d.dx.ld, at).finish();
+          for (int j = 0; j < groups.count; ++j) {
+            const Group group = groups[j];
+            const float *l = ranks + group.offset * MB, *rows_a = a + group.offset * ld + at.k0;
+            mask.tile(kept, at, K, group.first->index);
             if (group.wants_da) {
-              for (int m = 0; m < rows; ++m)
-                for (int k = 0; k < vecs * W; k += W)
-                  store(masked + m * TILE_LD + k, mul(load(xt.data + m * xt.ld + k), load(kept + m * TILE_LD + k)));
-              tile_gemm<MB, 1>(g + group.offset * ld, ld, ranks, masked, TILE_LD, group.R, rows, vecs);
+              for (int k = 0; k < at.rows * TILE_LD; k += W) store(product + k, mul(load(tile + k), load(kept + k)));
+              tile_gemm<MB, 1>(g + group.offset * ld + at.k0, ld, l, product, TILE_LD, group.R, at.rows, vecs, next);
             }
             if (wants_dx) {
-              memset(masked, 0, sizeof masked);
-              tile_gemm<1, MB>(masked, TILE_LD, ranks, rows_a, ld, rows, group.R, vecs);
-              for (int m = 0; m < rows; ++m)
-                for (int k = 0; k < vecs * W; k += W) {
-                  float* out = (float*)dxt.data + m * dxt.ld + k;
-                  store(out, fma(load(masked + m * TILE_LD + k), load(kept + m * TILE_LD + k), load(out)));
-                }
+              memset(product, 0, sizeof product);
+              tile_gemm<1, MB>(product, TILE_LD, l, rows_a, ld, at.rows, group.R, vecs, next);
+              for (int k = 0; k < at.rows * TILE_LD; k += W)
+                store(dx_tile + k, fma(load(product + k), load(kept + k), load(dx_tile + k)));
             }
           }
-          if (wants_dx && dxt.data == dx_scratch) store_tile(dx + m0 * d.dx.ld + k0, d.dx.ld, dx_scratch, rows, cols);
+          if (wants_dx) store_tile(out, d.dx.ld, dx_tile, at.rows, at.cols);
         }
+        next.finish();
       }
     }
 #pragma omp barrier

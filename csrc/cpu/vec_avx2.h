@@ -10,6 +10,7 @@ using V = __m256;
 using U = __m256i;
 constexpr int W = 8;
 constexpr int MAX_VECS = 3;  // 16 registers: 4 rows x 3 vectors
+constexpr int PHILOX_CHAINS = 2;
 constexpr int ROWS_1 = 8, ROWS_2 = 4, ROWS_3 = 4;
 
 FP_INLINE V zero() { return _mm256_setzero_ps(); }
@@ -66,11 +67,31 @@ FP_INLINE void store_partial(T* p, V v, int n) {
   for (int i = 0; i < n; ++i) p[i] = full[i];
 }
 
+template <class T>
+FP_INLINE void store2(T* p, V v0, V v1) {
+  store(p, v0);
+  store(p + W, v1);
+}
+
+FP_INLINE void transpose_block(V* r) {
+  V t[W], u[W];
+  for (int i = 0; i < W; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < W; ++i) {  // u[4g + j], half h: column 4h + j of rows 4g .. 4g + 3
+    const __m256d lo = _mm256_castps_pd(t[i / 4 * 4 + i % 4 / 2]), hi = _mm256_castps_pd(t[i / 4 * 4 + i % 4 / 2 + 2]);
+    u[i] = _mm256_castpd_ps(i % 2 ? _mm256_unpackhi_pd(lo, hi) : _mm256_unpacklo_pd(lo, hi));
+  }
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+    r[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+  }
+}
+
 FP_INLINE U uset1(uint64_t u) { return _mm256_set1_epi64x((long long)u); }
 FP_INLINE U uadd(U a, U b) { return _mm256_add_epi64(a, b); }
 FP_INLINE U uevens() { return _mm256_set_epi64x(6, 4, 2, 0); }
 FP_INLINE U mul32(U a, U b) { return _mm256_mul_epu32(a, b); }
 FP_INLINE U shr32(U a) { return _mm256_srli_epi64(a, 32); }
+FP_INLINE U dup32(U a) { return _mm256_shuffle_epi32(a, 0xF5); }
 FP_INLINE U xor2(U a, U b) { return _mm256_xor_si256(a, b); }
 FP_INLINE U xor3(U a, U b, U c) { return xor2(xor2(a, b), c); }
 

@@ -12,6 +12,7 @@ using V = __m512;
 using U = __m512i;
 constexpr int W = 16;
 constexpr int MAX_VECS = 6;  // 32 registers: 4 rows x 6 vectors, 8 x 3, 16 x 1
+constexpr int PHILOX_CHAINS = 4;
 constexpr int ROWS_1 = 16, ROWS_2 = 8, ROWS_3 = 8;
 
 FP_INLINE V zero() { return _mm512_setzero_ps(); }
@@ -62,11 +63,38 @@ FP_INLINE void store_partial(T* p, V v, int n) {
   _mm256_mask_storeu_epi16(p, first(n), to_bits(v, T()));
 }
 
+template <class T>
+FP_INLINE void store2(T* p, V v0, V v1) {
+  store(p, v0);
+  store(p + W, v1);
+}
+#ifdef __AVX512BF16__
+FP_INLINE void store2(bf16* p, V v0, V v1) {  // both in one instruction: twice as fast as one by one
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(v1, v0));
+}
+#endif
+
+FP_INLINE void transpose_block(V* r) {
+  V t[W], u[W];
+  for (int i = 0; i < W; i += 2) t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < W; ++i) {  // u[4g + j], quarter q: column 4q + j of rows 4g .. 4g + 3
+    const __m512d lo = _mm512_castps_pd(t[i / 4 * 4 + i % 4 / 2]), hi = _mm512_castps_pd(t[i / 4 * 4 + i % 4 / 2 + 2]);
+    u[i] = _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(lo, hi) : _mm512_unpacklo_pd(lo, hi));
+  }
+  for (int j = 0; j < 4; ++j) {
+    const V a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
+    const V c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+    r[j] = _mm512_shuffle_f32x4(a, c, 0x88), r[8 + j] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[4 + j] = _mm512_shuffle_f32x4(b, d, 0x88), r[12 + j] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
 FP_INLINE U uset1(uint64_t u) { return _mm512_set1_epi64((long long)u); }
 FP_INLINE U uadd(U a, U b) { return _mm512_add_epi64(a, b); }
 FP_INLINE U uevens() { return _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0); }
 FP_INLINE U mul32(U a, U b) { return _mm512_mul_epu32(a, b); }
 FP_INLINE U shr32(U a) { return _mm512_srli_epi64(a, 32); }
+FP_INLINE U dup32(U a) { return _mm512_shuffle_epi32(a, (_MM_PERM_ENUM)0xF5); }
 FP_INLINE U xor2(U a, U b) { return _mm512_xor_si512(a, b); }
 FP_INLINE U xor3(U a, U b, U c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 

@@ -8,6 +8,7 @@ typedef float V __attribute__((vector_size(16)));
 typedef uint64_t U __attribute__((vector_size(16)));
 constexpr int W = 4;
 constexpr int MAX_VECS = 3;
+constexpr int PHILOX_CHAINS = 2;
 constexpr int ROWS_1 = 8, ROWS_2 = 4, ROWS_3 = 4;
 
 FP_INLINE V set1(float f) { return V{f, f, f, f}; }
@@ -79,11 +80,26 @@ FP_INLINE V load(const float* p) {
 }
 FP_INLINE void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
+template <class T>
+FP_INLINE void store2(T* p, V v0, V v1) {
+  store(p, v0);
+  store(p + W, v1);
+}
+
+FP_INLINE void transpose_block(V* r) {
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float above = r[j][i];
+      r[j][i] = r[i][j], r[i][j] = above;
+    }
+}
+
 FP_INLINE U uset1(uint64_t u) { return U{u, u}; }
 FP_INLINE U uadd(U a, U b) { return a + b; }
 FP_INLINE U uevens() { return U{0, 2}; }
 FP_INLINE U mul32(U a, U b) { return U{(uint64_t)(uint32_t)a[0] * (uint32_t)b[0], (uint64_t)(uint32_t)a[1] * (uint32_t)b[1]}; }
 FP_INLINE U shr32(U a) { return a >> 32; }
+FP_INLINE U dup32(U a) { return shr32(a); }
 FP_INLINE U xor2(U a, U b) { return a ^ b; }
 FP_INLINE U xor3(U a, U b, U c) { return a ^ b ^ c; }
 

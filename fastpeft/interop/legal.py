@@ -36,22 +36,20 @@ class Terms(NamedTuple):
 
 def terms(layer: PeftLinear) -> Terms | str:
     """What the layer computes now, or the reason why it must run PEFT's own code."""
-    own = layer.__dict__
-    if own["_disable_adapters"]:
+    if layer._disable_adapters:
         return "its adapters are disabled"
-    if own["merged_adapters"]:
+    if layer.merged_adapters:
         return "its adapters are merged"
-    if "forward" in own:
+    if "forward" in layer.__dict__:
         return "it has a forward of its own (accelerate's hooks do that)"
-    modules = own["_modules"]
+    modules = layer._modules
     base = modules["base_layer"]
     kind = type(base)
     if kind is not nn.Linear and kind is not Conv1D:
         return f"its base layer is a {kind.__name__}"
     if _noticed(base):
         return "its base layer has hooks, or a forward of its own"
-    held = base.__dict__["_parameters"]
-    weight, bias = held.get("weight"), held.get("bias")
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) is not nn.Parameter or not (bias is None or type(bias) is nn.Parameter):
         return "its base weight is not a plain parameter (sharded, quantised or replicated)"
     if weight.requires_grad:
@@ -60,16 +58,16 @@ def terms(layer: PeftLinear) -> Terms | str:
         return f"its base weight is {weight.dtype} on {weight.device}"
     if nn.Linear.forward is not _LINEAR_FORWARD or _has_any_global_hook():
         return "there are hooks on every nn.Module, or another nn.Linear.forward"
-    active = own["_active_adapter"]
-    downs, ups, dropouts = (modules[part].__dict__["_modules"] for part in ("lora_A", "lora_B", "lora_dropout"))
+    active = layer._active_adapter
+    downs, ups, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     adapters, dropout_p = [], 0.0
     for name in (active,) if type(active) is str else active:
         if name not in downs:
             continue
-        if name in own["lora_variant"]:
-            return f"adapter {name!r} is a variant ({type(own['lora_variant'][name]).__name__})"
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__})"
         dropout = dropouts[name]
-        adapter = _adapter(downs[name], ups[name], dropout, own["scaling"][name])
+        adapter = _adapter(downs[name], ups[name], dropout, layer.scaling[name])
         if isinstance(adapter, str):
             return f"adapter {name!r} {adapter}"
         adapters.append(adapter)
@@ -89,10 +87,9 @@ def _adapter(down: nn.Module, up: nn.Module, dropout: nn.Module, scaling: object
         return f"has {dropout} as its dropout"
     if _noticed(down) or _noticed(up) or _noticed(dropout):
         return "has hooks, or a forward of its own"
-    held_a, held_b = down.__dict__["_parameters"], up.__dict__["_parameters"]
-    a, b, bias = held_a.get("weight"), held_b.get("weight"), held_b.get("bias")
+    a, b, bias = down._parameters.get("weight"), up._parameters.get("weight"), up._parameters.get("bias")
     plain = type(a) is nn.Parameter and type(b) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
-    if not plain or held_a.get("bias") is not None:
+    if not plain or down._parameters.get("bias") is not None:
         return "is not made of plain parameters (sharded or replicated)"
     if a.dtype not in DTYPES or b.dtype is not a.dtype:
         return f"is {a.dtype} and {b.dtype}"
@@ -123,13 +120,12 @@ def refusal(layer: PeftLinear, x: torch.Tensor, found: Terms) -> str | None:
 
 def _noticed(module: nn.Module) -> bool:
     """Whether somebody would notice that `module()` was not called."""
-    own = module.__dict__  # half the price of attributes: nn.Module has a __getattr__
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 

@@ -29,12 +29,14 @@ class FastLoraLinear(PeftLinear):
         """x [..., K] -> [..., N], as PEFT's; other arguments (`adapter_names`, ...) run PEFT's code."""
         if args or kwargs:
             return PeftLinear.forward(self, x, *args, **kwargs)
-        found = self.fast_terms(x)
+        found = legal.terms(self)
+        refused = None if isinstance(found, str) else legal.refusal(self, x, found)
         compiling = torch.compiler.is_compiling()
         if not compiling:
             seat = self.__dict__["_fastpeft"]
-            seat.called, seat.refused = True, found if isinstance(found, str) else None
-        if isinstance(found, str):
+            seat.called, seat.refused = True, refused is not None
+            seat.last = found if isinstance(found, str) else refused
+        if isinstance(found, str) or refused is not None:
             return PeftLinear.forward(self, x)
         if not compiling and seat.group is not None:  # compiled: whether siblings share x depends on data (versions)
             y = seat.group.call(seat.index, self, x, found, _forward_all)

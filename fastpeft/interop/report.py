@@ -88,13 +88,13 @@ def _why_peft(module: nn.Module) -> str | None:
     seat = _seat(module)
     if seat is not None:
         found = module.fast_terms(None)
-        between = isinstance(found, str) and _sharded(module) and seat.called
-        return seat.refused if between or not isinstance(found, str) else found
+        if not isinstance(found, str):
+            return seat.last if seat.refused else None
+        return seat.last if seat.called and _sharded(module) else found
     if type(module) is PeftLinear:
         return "PEFT's own class: call fastpeft.apply(model), again after adding adapters to further layers"
-    if isinstance(module, LoraLayer):
-        return f"no fast path for lora.{type(module).__name__}"
-    return f"no fast path for {type(module).__name__}: it is not a LoRA layer"
+    kind = f"{type(module).__module__.split('.')[-2:][0]}.{type(module).__name__}"  # peft.tuners.lora.layer: lora.Embedding
+    return f"no fast path for {kind}{'' if isinstance(module, LoraLayer) else ', which is not a LoRA layer'}"
 
 
 def _company(seat: Seat) -> str:

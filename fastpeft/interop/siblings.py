@@ -3,8 +3,8 @@
 The others' outputs are parked, with a strong reference to x, until each is called. A sibling takes its output only if
 it gets the same tensor object at the same version, in the same grad, inference and autocast mode, on the same stream,
 inside the same checkpoint, with its adapters as they were. Otherwise the group is dissolved for good, and the report
-says why. Who was the first to run stays the leader: what a pass does must not depend on the one before it, because
-checkpointing replays passes.
+says why. (Writes through `.data` change no version: they are seen here as little as autograd sees them.) Who was the
+first to run stays the leader: what a pass does must not depend on the one before it, because checkpointing replays it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class Seat:
 
     def __init__(self, group: Group | None = None, index: int = 0) -> None:
         self.group, self.index = group, index
-        self.called = False  # was there a call, and
-        self.refused: str | None = None  # why it took PEFT's code, if it did
+        self.called = False  # whether there was one,
+        self.last: str | None = None  # why it took PEFT's code, if it did,
+        self.refused = False  # and whether x was the reason, not the layer's state
 
 
 class _Waiting(NamedTuple):
