@@ -245,6 +245,14 @@ def test_only_the_wanted_gradients(backend, wanted, p):
             assert torch.equal(grad, full[1 + GRADS.index(name)]), name
 
 
+@pytest.mark.parametrize("lead", [(), (6,), (2, 3)], ids=str)
+def test_output_may_be_changed_in_place(backend, lead):
+    inputs = problem(None, 20, 14, 3, torch.float32, lead=lead)
+    dy = torch.randn(*lead, 14)
+    expected = torch.autograd.grad(lora_linear(**inputs) * 2, inputs["a"], dy)
+    assert torch.equal(torch.autograd.grad(lora_linear(**inputs).mul_(2), inputs["a"], dy)[0], expected[0])
+
+
 def test_base_alone(backend):
     """No adapter: a frozen layer whose bias trains (BitFit)."""
     for m in (1, 40):

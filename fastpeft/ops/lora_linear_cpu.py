@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch._C import _is_any_autocast_enabled
 
 from .. import _machine, _native
-from ..reference.lora_linear import contiguous_rows
+from ..reference.lora_linear import contiguous_rows, leading_shape
 from ..reference.philox import keep_threshold
 from ._backend import forced
 from ._library import plain_call
@@ -75,7 +75,7 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
                     code, y.data_ptr(), m, n, n, s_i, total, r, *b_args, _ptr(lora_bias), _code(lora_bias), threads
                 )
                 _ok(status, "lora_linear_up", m, k, n, r)
-        ys.append(y.view(*x.shape[:-1], n))
+        ys.append(leading_shape(y, x))
         column += r
     return ys, s
 

@@ -56,7 +56,7 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
             parts.append(s)
         if lora_biases[i] is not None:
             y += lora_biases[i].to(x.dtype)
-        ys.append(y.view(*x.shape[:-1], weight.shape[0]))
+        ys.append(leading_shape(y, x))
     return ys, torch.cat(parts, dim=1) if parts else x2.new_empty(x2.shape[0], 0)
 
 
@@ -102,3 +102,8 @@ def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     each row, and NaN there reaches the result.
     """
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def leading_shape(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[M, N] -> [..., N] as x has it, and no view to autograd: users may change the output of an `autograd.Function` in place."""
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
