@@ -18,7 +18,7 @@ from torch._C import _is_any_autocast_enabled
 from .. import _machine, _native
 from ..reference.lora_linear import contiguous_rows, leading_shape
 from ..reference.philox import keep_threshold
-from ._backend import forced
+from . import _backend
 from ._library import plain_call
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -83,10 +83,15 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
 def lean(x, weight, a, b, scale, bias, lora_bias):
     """A plain inference call on few rows, straight to the native kernel; None where the call is anything else.
 
-    On tiny inputs such a call is all Python, so everything that must hold is asked for at once, by the cheapest question.
-    A wrong argument fails that too and goes on to the full path, which says what is wrong.
+    On tiny inputs such a call is all Python, so everything that must hold is asked for at once, by the cheapest question,
+    and helpers are written out (8.4 -> 7.1 µs). A wrong argument goes on to the full path, which says what is wrong.
     """
-    if torch.is_grad_enabled() or _is_any_autocast_enabled() or forced() not in ("", "cpu") or not plain_call(x):
+    if (
+        torch.is_grad_enabled()
+        or _is_any_autocast_enabled()
+        or not plain_call(x)
+        or _backend._forced not in ("", "cpu")
+    ):
         return None
     native, dtype, shape = _native.cpu(), x.dtype, x.shape
     try:
@@ -102,29 +107,29 @@ def lean(x, weight, a, b, scale, bias, lora_bias):
             and not weight.requires_grad
             and x.is_cpu and weight.is_cpu and a.is_cpu and b.is_cpu
             and x.is_contiguous() and weight.is_contiguous() and a.is_contiguous() and b.is_contiguous()
-            and (bias is None or _is_vector(bias, n))
-            and (lora_bias is None or _is_vector(lora_bias, n))
         )  # fmt: skip
         if not usual:
             return None
         scale_ptr, code, a_code, b_code = constant(scale).data_ptr(), _DTYPE[dtype], _DTYPE[a.dtype], _DTYPE[b.dtype]
+        bias_ptr, bias_code = (0, 0) if bias is None else _vector(bias, n)
+        lora_bias_ptr, lora_bias_code = (0, 0) if lora_bias is None else _vector(lora_bias, n)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
     y = torch.empty_strided((rows, n), (n, 1), dtype=dtype)  # half the price of x.new_empty
     status = native.lora_linear_small(
-        code, x.data_ptr(), rows, k, k, weight.data_ptr(), k, n, *_vector(bias), y.data_ptr(), n, 0, r, r,
-        a.data_ptr(), a_code, k, b.data_ptr(), b_code, r, scale_ptr, 0, *_vector(lora_bias), torch.get_num_threads(),
+        code, x.data_ptr(), rows, k, k, weight.data_ptr(), k, n, bias_ptr, bias_code, y.data_ptr(), n, 0, r, r,
+        a.data_ptr(), a_code, k, b.data_ptr(), b_code, r, scale_ptr, 0, lora_bias_ptr, lora_bias_code, torch.get_num_threads(),
     )  # fmt: skip
-    _ok(status, "lora_linear_small", rows, k, n, r)
+    if status:
+        _ok(status, "lora_linear_small", rows, k, n, r)
     return y if len(shape) == 2 else y.view(*shape[:-1], n)
 
 
-def _is_vector(t, n: int) -> bool:
-    return t.shape == (n,) and t.is_cpu and t.is_contiguous() and t.dtype in _DTYPE
-
-
-def _vector(t) -> tuple[int, int]:
-    return (0, 0) if t is None else (t.data_ptr(), _DTYPE[t.dtype])
+def _vector(t, n: int) -> tuple[int, int]:
+    """Pointer and dtype of a bias [n] that the kernel can read as it is; ValueError otherwise."""
+    if t.shape != (n,) or not t.is_cpu or not t.is_contiguous():
+        raise ValueError
+    return t.data_ptr(), _DTYPE[t.dtype]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -105,5 +105,5 @@ def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def leading_shape(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[M, N] -> [..., N] as x has it, and no view to autograd: users may change the output of an `autograd.Function` in place."""
+    """[M, N] -> [..., N] as x has it; no view to autograd, so that users may change a Function's output in place."""
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
