@@ -8,6 +8,8 @@ import torch
 import fastpeft
 from fastpeft import _native
 
+pytest_plugins = ["_support_plugin"]
+
 
 def cpu_levels() -> list[str]:
     """Instruction sets of the native CPU module that this machine runs."""

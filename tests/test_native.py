@@ -83,6 +83,15 @@ class Memory:
             _libc.munmap(base, total)
 
 
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """The references are tiny: a second thread of PyTorch's only spins (6 times slower on a busy machine)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def memory():
     memory = Memory()

@@ -108,6 +108,7 @@ struct NextTile {
   FP_INLINE void step() {
     if (left == 0) return;
     --left;
+    __builtin_prefetch(src + column + MB * ld, 0, 2);
     if (column + W <= cols)
       store(tile + column, load(src + column));
     else

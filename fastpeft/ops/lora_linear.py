@@ -222,7 +222,7 @@ def _scale(scale: Any, x: torch.Tensor, plain: bool) -> torch.Tensor:
     """[] or [R], float32 (float64 with x), on x's device: as a tensor it can change without recompiling."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if isinstance(scale, torch.Tensor):
-        return scale.to(wide)
+        return scale.to(wide).contiguous()
     if plain and x.is_cpu and wide is torch.float32:
         return lora_linear_cpu.constant(scale)
     return torch.full((), scale, dtype=wide, device=x.device)

@@ -23,6 +23,7 @@ from ._library import plain_call
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_RANK = 512
+_MAX_ROWS = 32  # of one call of lora_linear_small
 _PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["cpu"]
 # Up to this many rows the native kernel reads the weight faster than PyTorch's GEMM does.
 _SMALL_M = {isa: {getattr(torch, dtype): m for dtype, m in by.items()} for isa, by in _PLANS["small_m"].items()}
@@ -61,11 +62,14 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
         b_args = (_ptr(b[i]), _code(b[i]), r, _ptr(scales[i]), _stride(scales[i]))
         if small and weight.stride(1) == 1 and n > 0:
             y = x2.new_empty(m, n)
-            status = native.lora_linear_small(
-                code, x2.data_ptr(), m, k, k, weight.data_ptr(), weight.stride(0), n, _ptr(bias), _code(bias),
-                y.data_ptr(), n, s_i, total, r, *a_args, *b_args, _ptr(lora_bias), _code(lora_bias), threads,
-            )  # fmt: skip
-            _ok(status, "lora_linear_small", m, k, n, r)
+            for m0 in range(0, m, _MAX_ROWS):
+                rows, size = min(_MAX_ROWS, m - m0), x2.element_size()
+                status = native.lora_linear_small(
+                    code, x2.data_ptr() + m0 * k * size, rows, k, k, weight.data_ptr(), weight.stride(0), n,
+                    _ptr(bias), _code(bias), y.data_ptr() + m0 * n * size, n, s_i + m0 * total * size, total, r,
+                    *a_args, *b_args, _ptr(lora_bias), _code(lora_bias), threads,
+                )  # fmt: skip
+                _ok(status, "lora_linear_small", rows, k, n, r)
         else:
             if small:
                 _down(native, code, x2, s[:, column : column + r], [a[i]], [r], 0.0, None, threads)
@@ -99,7 +103,7 @@ def lean(x, weight, a, b, scale, bias, lora_bias):
         rows = x.numel() // k
         usual = (
             native is not None
-            and 0 < rows <= _SMALL_M[native.isa()].get(dtype, 0)
+            and 0 < rows <= min(_MAX_ROWS, _SMALL_M[native.isa()].get(dtype, 0))
             and shape[-1] == k == a_k
             and b_n == n > 0
             and b_r == r <= _MAX_RANK
