@@ -2,16 +2,16 @@
 // One table of function pointers per instruction set; cpu/dispatch.h picks one. Every function returns a Status.
 //
 // Sizes: x [M, K], A [R, K], B [N, R], y [M, N], s = drop(x) Aᵀ [M, R], t = dy (scale·B) [M, R].
-// A row's elements are contiguous, rows are `ld` elements apart. Sums are fp32. Where the compute dtype (that of x, y, s)
-// is bf16 or fp16, the adapter's values (A, scale·B) are rounded to it once, and so are s and t: the arithmetic of PEFT
-// with its adapters in the compute dtype.
+// A row's elements are contiguous, rows are `ld` elements apart. Sums are fp32. Where the compute dtype (that of x, y,
+// s) is bf16 or fp16, the adapter's values (A, scale·B) are rounded to it once, and so are s and t: the arithmetic of
+// PEFT with its adapters in the compute dtype.
 #pragma once
 #include "tensor.h"
 
 namespace fastpeft {
 
 struct Projection {
-  Matrix a;        // [R, K]
+  Matrix a;  // [R, K]
   int64_t R;
   int64_t column;  // of s and t, where this projection's ranks begin
   uint32_t index;  // third word of the dropout counter

@@ -23,10 +23,14 @@ bool runnable(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   switch (isa) {
-    case Isa::SCALAR: return true;
-    case Isa::AVX2: return avx2;
-    case Isa::AVX512: return avx512;
-    case Isa::AVX512BF16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::SCALAR:
+      return true;
+    case Isa::AVX2:
+      return avx2;
+    case Isa::AVX512:
+      return avx512;
+    case Isa::AVX512BF16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == Isa::SCALAR;

@@ -5,8 +5,8 @@
 //   up         Y[m, n] += Sᵀ[r, m] · C[r, n]      vector along n, C = (scale·B)ᵀ; the bias is one more rank with s = 1
 //   grad_up    P[m, r] += dY[m, n] · B'[n, r]  and  G[r, n] += Sᵀ[r, m] · dY[m, n];  dbias is one more rank with s = 1
 //   grad_down  G[r, k] += Tᵀ[r, m] · X[m, k]   and  dX[m, k] += Tᵀ[r, m] · A[r, k]
-// The threads share a grid of row ranges x column ranges; sums across them go through partial results that are added in a
-// fixed order. For a given number of threads results repeat bit for bit.
+// The threads share a grid of row ranges x column ranges; sums across them go through partial results that are added in
+// a fixed order. For a given number of threads results repeat bit for bit.
 #pragma once
 #include <omp.h>
 
@@ -54,7 +54,8 @@ FP_INLINE V rounded(V v) {
 
 // lanes[j, r] = adapter[j, r] · scale[r] rounded to T, j < rows; lanes' rows are ld >= R apart, zeros from R on
 template <class T, class A>
-void load_adapter_rows(float* lanes, int64_t ld, const A* adapter, int64_t ld_adapter, int64_t rows, int64_t R, Scale scale) {
+void load_adapter_rows(float* lanes, int64_t ld, const A* adapter, int64_t ld_adapter, int64_t rows, int64_t R,
+                       Scale scale) {
   const V one_scale = set1(scale.data && scale.stride == 0 ? *scale.data : 1.0f);
   const bool scales = scale.data && scale.stride;
   for (int64_t j = 0; j < rows; ++j) {
@@ -170,7 +171,8 @@ int down(const LoraLinearDown& d) {
             mask.tile(masked, t, K, groups[g].first->index);
             for (int k = 0; k < t.rows * TILE_LD; k += W) store(masked + k, mul(load(masked + k), load(tile + k)));
           }
-          tile_gemm<TILE_LD, 1>(p, lanes, mask ? masked : tile, block + t.k0 * ld, ld, t.rows, t.cols, (int)(ld / W), next);
+          tile_gemm<TILE_LD, 1>(p, lanes, mask ? masked : tile, block + t.k0 * ld, ld, t.rows, t.cols, (int)(ld / W),
+                                next);
           block += K * ld, p += ld;
         }
         next.finish();
@@ -298,7 +300,8 @@ int grad_up(const LoraLinearGradUp& u) {
         if (wants_t)
           tile_gemm<TILE_LD, 1>(sums + at.m0 * lanes, lanes, tile, bt + at.k0 * lanes, lanes, at.rows, at.cols,
                                 (int)(lanes / W), next);
-        if (J) tile_gemm<MB, 1>(g + at.k0, ld, st + at.m0 * J, tile, TILE_LD, J, at.rows, (int)blocks(at.cols, W), next);
+        if (J)
+          tile_gemm<MB, 1>(g + at.k0, ld, st + at.m0 * J, tile, TILE_LD, J, at.rows, (int)blocks(at.cols, W), next);
         next.finish();
       }
     }

@@ -1,14 +1,14 @@
 // lora_linear for few rows (decoding), base included: W is read once, at the speed of memory. Included after
 // lora_linear_kernels.h.
 //
-// Up to W/2 rows of x, vectors lie along k and each result is the sum of one vector's lanes; beyond, x is transposed and
-// vectors lie along the rows m: the same tiles as in the tall passes, with W in the place of x.
+// Up to W/2 rows of x, vectors lie along k and each result is the sum of one vector's lanes; beyond, x is transposed
+// and vectors lie along the rows m: the same tiles as in the tall passes, with W in the place of x.
 #pragma once
 
 namespace {
 
 constexpr int SMALL_MAX_M = 32;
-constexpr int DOT_N = 4;                      // rows of W at a time,
+constexpr int DOT_N = 4;                     // rows of W at a time,
 constexpr int DOT_M = MAX_VECS > 3 ? 4 : 2;  // times rows of x: as many sums as registers allow
 static_assert(SMALL_MAX_M <= 8 * W, "a row of sums fits on the stack");
 

@@ -1,5 +1,5 @@
-// What every native op is composed of: rows and tiles converted to fp32, one small GEMM on tiles that lie in L1, and the
-// dropout mask of a tile. Included after a vec_<isa>.h.
+// What every native op is composed of: rows and tiles converted to fp32, one small GEMM on tiles that lie in L1, and
+// the dropout mask of a tile. Included after a vec_<isa>.h.
 #pragma once
 #include <stdlib.h>
 
@@ -7,8 +7,8 @@
 
 namespace {
 
-// A tile is MB rows x KC columns of fp32 in L1 (18 KB), its rows TILE_LD apart (16 more than KC: rows that are a power of
-// two apart share few cache sets).
+// A tile is MB rows x KC columns of fp32 in L1 (18 KB), its rows TILE_LD apart (16 more than KC: rows that are a power
+// of two apart share few cache sets).
 constexpr int MB = 32, KC = 64, TILE_LD = KC + 16;
 
 FP_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -93,8 +93,9 @@ struct TileAt {
   int rows, cols;
 };
 
-// Converts the tile that is wanted next, a vector at a step, while this one is multiplied: out of the way of the multiply-
-// adds, its loads wait for L2 and L3 at no cost. Done in one go beforehand, they took a third of the time of a pass.
+// Converts the tile that is wanted next, a vector at a step, while this one is multiplied: out of the way of the
+// multiply- adds, its loads wait for L2 and L3 at no cost. Done in one go beforehand, they took a third of the time of
+// a pass.
 template <class T>
 struct NextTile {
   const T* src;  // [rows, cols]
@@ -129,7 +130,8 @@ struct NoTile {
 // register serves all rows. The sum over j starts at zero: a long sum is built of short ones, as in a blocked GEMM.
 // C is fp32, or of another element type if this sum is all that is added to it: then it is rounded once.
 template <int I, int N, int LI, int LJ, class C, class Next>
-FP_INLINE void gemm_block(C* c, int64_t ldc, const float* l, const float* b, int64_t ldb, int64_t J, Next& shared_next) {
+FP_INLINE void gemm_block(C* c, int64_t ldc, const float* l, const float* b, int64_t ldb, int64_t J,
+                          Next& shared_next) {
   V acc[I][N];
 #pragma GCC unroll 16
   for (int i = 0; i < I; ++i)
@@ -160,8 +162,7 @@ FP_INLINE void gemm_block(C* c, int64_t ldc, const float* l, const float* b, int
 }
 
 template <int N, int LI, int LJ, class C, class Next>
-void gemm_rows(C* c, int64_t ldc, const float* l, const float* b, int64_t ldb, int64_t I, int64_t J,
-               Next& next) {
+void gemm_rows(C* c, int64_t ldc, const float* l, const float* b, int64_t ldb, int64_t I, int64_t J, Next& next) {
   constexpr int ROWS = N == 1 ? ROWS_1 : N == 2 ? ROWS_2 : N == 3 ? ROWS_3 : 4;
   int64_t i = 0;
   for (; i + ROWS <= I; i += ROWS) gemm_block<ROWS, N, LI, LJ>(c + i * ldc, ldc, l + i * LI, b, ldb, J, next);
@@ -172,7 +173,8 @@ void gemm_rows(C* c, int64_t ldc, const float* l, const float* b, int64_t ldb, i
 
 constexpr int64_t MAX_SUM = 128;  // longest sum over j in one go: B's block stays in L1 while all rows pass over it
 
-// C[i, 0 .. vecs*W) += Σ_j L[i, j] · B[j, 0 .. vecs*W), i < I, j < J; L[i, j] = l[i * LI + j * LJ]; fp32 C if J > MAX_SUM
+// C[i, 0 .. vecs*W) += Σ_j L[i, j] · B[j, 0 .. vecs*W), i < I, j < J; L[i, j] = l[i * LI + j * LJ]; fp32 C if J >
+// MAX_SUM
 template <int LI, int LJ, class C, class Next>
 void tile_gemm(C* c, int64_t ldc, const float* l, const float* b, int64_t ldb, int64_t I, int64_t J, int vecs,
                Next& next) {
@@ -211,19 +213,19 @@ struct PhiloxRow {
     key0 += W0, key1 += W1;
     // round 2: its M0 * c0' is constant too
     const uint64_t p0 = (uint64_t)M0 * c0;
-    c0_round2 = uset1(c1 ^ key0);                       // c0'' = hi(M1 * c2') ^ this
-    c2_round2 = uset1((uint32_t)(p0 >> 32) ^ key1);     // c2'' = c3' ^ this
-    c3_round2 = uset1((uint32_t)p0);                    // c3''
+    c0_round2 = uset1(c1 ^ key0);                    // c0'' = hi(M1 * c2') ^ this
+    c2_round2 = uset1((uint32_t)(p0 >> 32) ^ key1);  // c2'' = c3' ^ this
+    c3_round2 = uset1((uint32_t)p0);                 // c3''
     for (int r = 2; r < ROUNDS; ++r) {
       key0 += W0, key1 += W1;
       k0[r] = uset1(key0), k1[r] = uset1(key1);
     }
   }
 
-  // word[i] = first words, in the low halves of the lanes, of the blocks whose index's low word is the low half of low[i].
-  // Values live in the low halves (mul32 reads only those), so lo() costs nothing and hi() is one shift or shuffle: half
-  // of each, since they use different ports (1.24 instead of 1.45 ns an element on AVX-512). The CHAINS run in lockstep:
-  // each is one long dependence.
+  // word[i] = first words, in the low halves of the lanes, of the blocks whose index's low word is the low half of
+  // low[i]. Values live in the low halves (mul32 reads only those), so lo() costs nothing and hi() is one shift or
+  // shuffle: half of each, since they use different ports (1.24 instead of 1.45 ns an element on AVX-512). The CHAINS
+  // run in lockstep: each is one long dependence.
   template <int CHAINS>
   FP_INLINE void words(U* word, const U* low) const {
     const U m0 = uset1(philox::M0), m1 = uset1(philox::M1);
@@ -250,8 +252,8 @@ struct PhiloxRow {
   }
 };
 
-// calls f(i, even, odd) with the words of the flat indices start+i .. start+i+W-1, for i from 0 in steps of W until n is
-// covered; where the high word of the index changes, i goes back to the first index that has the new one
+// calls f(i, even, odd) with the words of the flat indices start+i .. start+i+W-1, for i from 0 in steps of W until n
+// is covered; where the high word of the index changes, i goes back to the first index that has the new one
 template <class F>
 FP_INLINE void for_each_word(uint64_t seed, uint64_t start, int64_t n, uint32_t projection, F f) {
   for (int64_t done = 0; done < n;) {
@@ -288,7 +290,8 @@ struct Keep {
     for (int m = 0; m < at.rows; ++m) {
       float* out = mask + m * TILE_LD;
       const uint64_t start = (uint64_t)((at.m0 + m) * K + at.k0);
-      for_each_word(seed, start, at.cols, projection, [&](int64_t i, U even, U odd) { store(out + i, keep(even, odd, t, v)); });
+      for_each_word(seed, start, at.cols, projection,
+                    [&](int64_t i, U even, U odd) { store(out + i, keep(even, odd, t, v)); });
     }
   }
 };

@@ -75,7 +75,8 @@ FP_INLINE void store2(T* p, V v0, V v1) {
 
 FP_INLINE void transpose_block(V* r) {
   V t[W], u[W];
-  for (int i = 0; i < W; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < W; i += 2)
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
   for (int i = 0; i < W; ++i) {  // u[4g + j], half h: column 4h + j of rows 4g .. 4g + 3
     const __m256d lo = _mm256_castps_pd(t[i / 4 * 4 + i % 4 / 2]), hi = _mm256_castps_pd(t[i / 4 * 4 + i % 4 / 2 + 2]);
     u[i] = _mm256_castpd_ps(i % 2 ? _mm256_unpackhi_pd(lo, hi) : _mm256_unpacklo_pd(lo, hi));

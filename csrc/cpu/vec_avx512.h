@@ -36,8 +36,7 @@ FP_INLINE __m256i to_bits(V v, bf16) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
 #endif
 }
 
@@ -76,7 +75,8 @@ FP_INLINE void store2(bf16* p, V v0, V v1) {  // both in one instruction: twice 
 
 FP_INLINE void transpose_block(V* r) {
   V t[W], u[W];
-  for (int i = 0; i < W; i += 2) t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < W; i += 2)
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
   for (int i = 0; i < W; ++i) {  // u[4g + j], quarter q: column 4q + j of rows 4g .. 4g + 3
     const __m512d lo = _mm512_castps_pd(t[i / 4 * 4 + i % 4 / 2]), hi = _mm512_castps_pd(t[i / 4 * 4 + i % 4 / 2 + 2]);
     u[i] = _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(lo, hi) : _mm512_unpacklo_pd(lo, hi));

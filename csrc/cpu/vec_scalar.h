@@ -97,7 +97,9 @@ FP_INLINE void transpose_block(V* r) {
 FP_INLINE U uset1(uint64_t u) { return U{u, u}; }
 FP_INLINE U uadd(U a, U b) { return a + b; }
 FP_INLINE U uevens() { return U{0, 2}; }
-FP_INLINE U mul32(U a, U b) { return U{(uint64_t)(uint32_t)a[0] * (uint32_t)b[0], (uint64_t)(uint32_t)a[1] * (uint32_t)b[1]}; }
+FP_INLINE U mul32(U a, U b) {
+  return U{(uint64_t)(uint32_t)a[0] * (uint32_t)b[0], (uint64_t)(uint32_t)a[1] * (uint32_t)b[1]};
+}
 FP_INLINE U shr32(U a) { return a >> 32; }
 FP_INLINE U dup32(U a) { return shr32(a); }
 FP_INLINE U xor2(U a, U b) { return a ^ b; }

@@ -243,7 +243,7 @@ def _seed(call: _Call) -> torch.Tensor:
         return seed
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
         _check.bad_type("lora_linear", "seed", "an int or an int64 tensor []", seed)
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)  # type: ignore[arg-type]  # a SymInt while compiling
 
 
 def _by_definition(x, weight, a, b, scale, bias, lora_bias, dropout_p, seed, in_scale, out_scale) -> torch.Tensor:
