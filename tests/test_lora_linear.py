@@ -56,7 +56,7 @@ GRADS = ("x", "a", "b", "bias", "lora_bias")
 def composition(x, weight, a, b, bias, lora_bias, scale, p, seed):
     """What a user would write in the compute dtype: PEFT's order of operations with adapters in that dtype."""
     s = F.linear(reference.drop(x, p, seed), a.to(x.dtype))
-    return F.linear(x, weight, bias) + scale * F.linear(s, b.to(x.dtype)) + lora_bias.to(x.dtype)
+    return F.linear(x, weight, bias.to(x.dtype)) + scale * F.linear(s, b.to(x.dtype)) + lora_bias.to(x.dtype)
 
 
 def run(fn, inputs, dy, **kwargs):
@@ -97,6 +97,27 @@ def test_against_float64(backend, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_adapters_in_compute_dtype(backend, dtype):
     check_all(problem(37, 70, 45, 12, dtype, adapter_dtype=dtype))
+
+
+@pytest.mark.parametrize("wide", ["a", "b", "bias", "lora_bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [3, 37])
+def test_one_float64_parameter(wide, dtype, m):
+    """Any floating dtype is taken, each tensor's on its own: the cpu backend leaves float64 adapters to torch."""
+    inputs = problem(m, 70, 45, 12, dtype)
+    inputs[wide] = inputs[wide].detach().double().requires_grad_()
+    check_all(inputs)
+    with torch.no_grad():
+        y, expected = lora_linear(**inputs), reference.lora_linear(**inputs)
+        exact = reference.lora_linear(**in_double(inputs))
+    assert_close(y, expected, exact)
+    said = {"a": "a is", "b": "and b"}
+    with fp.backend("cpu"):
+        if wide in said:
+            with pytest.raises(RuntimeError, match=f"cannot run: .*{said[wide]} torch.float64"):
+                lora_linear(**inputs)
+        else:
+            check_all(inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -30,16 +30,20 @@ _SMALL_M = {isa: {getattr(torch, dtype): m for dtype, m in by.items()} for isa, 
 
 
 def can(meta) -> str | None:
-    x, adapters = meta
+    x, a, b = meta
     if _native.cpu() is None:
         return _native.why_not_cpu()
     if x.device.type != "cpu":
         return f"tensors are on {x.device}"
     if x.dtype not in _DTYPE:
-        return f"{x.dtype} is not among float32, bfloat16, float16"
-    for a in adapters:
-        if a is not None and (a.dtype not in _DTYPE or a.shape[0] > _MAX_RANK):
-            return f"a {a.dtype} of rank {a.shape[0]}: it takes float32, bfloat16 or float16, up to rank {_MAX_RANK}"
+        return f"x is {x.dtype}, not among float32, bfloat16, float16"
+    for a_i, b_i in zip(a, b):
+        if a_i is None:
+            continue
+        if a_i.dtype not in _DTYPE or b_i.dtype not in _DTYPE:
+            return f"a is {a_i.dtype} and b {b_i.dtype}: it takes float32, bfloat16 and float16"
+        if a_i.shape[0] > _MAX_RANK:
+            return f"a and b have rank {a_i.shape[0]}: it takes up to {_MAX_RANK}"
     return None
 
 

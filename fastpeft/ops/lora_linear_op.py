@@ -33,7 +33,7 @@ BACKENDS = {
 
 
 def _forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed, backend):
-    return choose("lora_linear", BACKENDS, (x, a), backend).forward(
+    return choose("lora_linear", BACKENDS, (x, a, b), backend).forward(
         x, weights, biases, a, b, scales, lora_biases, dropout_p, seed
     )
 
@@ -55,7 +55,7 @@ def _backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs, backend)
     """Gradients of those of (x, a…, b…, bias…) whose flag in `needs` is set, in that order. x may be None if no a is."""
     n = len(weights)
     needs_a, needs_b, needs_bias = needs[1 : 1 + n], needs[1 + n : 1 + 2 * n], needs[1 + 2 * n :]
-    dx, das, dbs, dbiases = choose("lora_linear", BACKENDS, (s, a), backend).backward(
+    dx, das, dbs, dbiases = choose("lora_linear", BACKENDS, (s, a, b), backend).backward(
         dys, x, s, weights, a, b, scales, dropout_p, seed, needs[0], needs_a, needs_b, needs_bias
     )
     return [grad for grad, needed in zip((dx, *das, *dbs, *dbiases), needs) if needed]
