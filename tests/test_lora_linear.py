@@ -650,6 +650,16 @@ def test_bad_input(changes, error, message):
         lora_linear(**good(**changes))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("number", [1, 1.0, 0])
+def test_a_bool_is_no_scale(number, grad):
+    """Not even after the number that it equals: constants are kept."""
+    with torch.set_grad_enabled(grad):
+        lora_linear(**good(), scale=number)
+        with pytest.raises(TypeError, match="^lora_linear: scale must be a number or a torch.Tensor, got bool"):
+            lora_linear(**good(), scale=bool(number))
+
+
 def test_bad_groups():
     args = good()
     one = [args["x"], [args["weight"]], [args["a"]], [args["b"]]]

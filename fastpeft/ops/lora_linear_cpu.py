@@ -140,10 +140,10 @@ def _vector(t, n: int) -> tuple[int, int]:
     return t.data_ptr(), _DTYPE[t.dtype]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024, typed=True)  # typed: True == 1, and a bool must not find the tensor of a 1
 def constant(value: float) -> torch.Tensor:
     """A number as a float32 CPU tensor, made once."""
-    if not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError("constant: a number is needed")
     with torch.inference_mode(False):
         return torch.full((), value, dtype=torch.float32, device="cpu")
