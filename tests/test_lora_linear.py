@@ -563,6 +563,15 @@ def test_autocast(backend, dtype):
         assert_close(one, two, three, eps=EPS[dtype])
 
 
+def test_autocast_of_a_group_with_a_trained_scale():
+    x, weights, a, b, biases = group_problem(torch.float32)
+    scales = [torch.tensor(0.5, requires_grad=True), 1.0, 1.0]
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = lora_linear_group(x.bfloat16(), weights, a, b, scales=scales, biases=biases)
+        single = lora_linear(x, weights[0], a[0], b[0], scale=scales[0])
+    assert all(y.dtype == torch.bfloat16 for y in ys) and torch.equal(ys[0], single)
+
+
 def test_inference_mode(backend):
     inputs = problem(20, 30, 10, 4, torch.bfloat16)
     expected = lora_linear(**inputs).detach()
@@ -669,6 +678,11 @@ def test_bad_groups():
         lora_linear_group(args["x"], [], [], [], scales=[])
     with pytest.raises(ValueError, match="lora_linear_group: weight must be"):
         lora_linear_group(torch.randn(3, 9), *one[1:], scales=[1.0])
+    for p in (0.5, 1.0):
+        with pytest.raises(TypeError, match="^lora_linear_group: seed must be an int or .* got float"):
+            lora_linear_group(*one, scales=[1.0], dropout_p=p, seed=1.5)
+        with pytest.raises(ValueError, match="^lora_linear_group: seed must be an int or an int64 tensor"):
+            lora_linear_group(*one, scales=[1.0], dropout_p=p, seed=torch.tensor([1]))
 
 
 def test_forced_backends():
@@ -684,6 +698,17 @@ def test_forced_backends():
         lora_linear(**double)
     with fp.backend("cpu"), pytest.raises(RuntimeError, match="in_scale"):
         lora_linear(**good(in_scale=torch.ones(8)))
+    args = good()
+    one = [args["x"], [args["weight"]], [args["a"]], [args["b"]]]
+    trained = torch.ones((), requires_grad=True)
+    for scale, p, why in ((trained, 0.0, "a scale that requires grad"), (1.0, 1.0, "dropout_p = 1")):
+        with fp.backend("cpu"), pytest.raises(RuntimeError, match=f"^lora_linear: backend 'cpu' was forced, .*{why}"):
+            lora_linear(**args, scale=scale, dropout_p=p)
+        with fp.backend("cpu"), pytest.raises(RuntimeError, match=f"^lora_linear_group: backend 'cpu' .*{why}"):
+            lora_linear_group(*one, scales=[scale], dropout_p=p)
+        with fp.backend("torch"):
+            (y,) = lora_linear_group(*one, scales=[scale], dropout_p=p)
+            assert torch.equal(y, lora_linear(**args, scale=scale, dropout_p=p))
     assert fp.ops._backend.forced() == ""
 
 

@@ -58,13 +58,14 @@ def lora_linear(
         TypeError, ValueError: an argument of the wrong type, rank, shape, dtype or device; a weight that requires grad.
         RuntimeError: a forced backend cannot run this call (the message says why).
     """
-    if in_scale is not None or out_scale is not None or dropout_p == 1.0 or _wants_grad(scale):
-        return _by_definition(x, weight, a, b, scale, bias, lora_bias, dropout_p, seed, in_scale, out_scale)
-    if dropout_p == 0.0:
+    special = in_scale is not None or out_scale is not None or dropout_p == 1.0 or _wants_grad(scale)
+    if dropout_p == 0.0 and not special:
         y = lora_linear_cpu.lean(x, weight, a, b, scale, bias, lora_bias)
         if y is not None:
             return y
     call = _Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
+    if special:
+        return _by_definition("lora_linear", call, in_scale, out_scale)[0]
     return _run("lora_linear", call)[0]
 
 
@@ -104,9 +105,7 @@ def lora_linear_group(
                 "lora_linear_group", name, f"as long as weights, at least one (weights has {n})", len(given)
             )
     if dropout_p == 1.0 or any(map(_wants_grad, scales)):
-        _checked("lora_linear_group", call)
-        seed = _seed(call) if dropout_p else None
-        return [_definition(call, i, seed, None, None) for i in range(n)]
+        return _by_definition("lora_linear_group", call)
     return _run("lora_linear_group", call)
 
 
@@ -196,7 +195,7 @@ def _run(op: str, call: _Call) -> list[torch.Tensor]:
     x, adapters = call.x, zip(call.a, call.scales)
     plain = plain_call(x)
     scales = [None if a is None else _scale(scale, x, plain) for a, scale in adapters]
-    seed = _seed(call) if call.dropout_p else None
+    seed = _seed(op, call) if call.dropout_p else None
     return apply(x, (call.weights, call.biases, call.a, call.b, scales, call.lora_biases), call.dropout_p, seed, plain)
 
 
@@ -228,40 +227,36 @@ def _scale(scale: Any, x: torch.Tensor, plain: bool) -> torch.Tensor:
     return torch.full((), scale, dtype=wide, device=x.device)
 
 
-def _seed(call: _Call) -> torch.Tensor:
+def _seed(op: str, call: _Call) -> torch.Tensor:
     seed, device = call.seed, call.x.device
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
-            _check.bad_value(
-                "lora_linear",
-                "seed",
-                f"an int or an int64 tensor [] on {device}",
-                f"{seed.dtype} {list(seed.shape)} on {seed.device}",
-            )
+            got = f"{seed.dtype} {list(seed.shape)} on {seed.device}"
+            _check.bad_value(op, "seed", f"an int or an int64 tensor [] on {device}", got)
         return seed
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        _check.bad_type("lora_linear", "seed", "an int or an int64 tensor []", seed)
+        _check.bad_type(op, "seed", "an int or an int64 tensor []", seed)
     return torch.full((), seed, dtype=torch.int64, device=device)  # type: ignore[arg-type]  # a SymInt while compiling
 
 
-def _by_definition(x, weight, a, b, scale, bias, lora_bias, dropout_p, seed, in_scale, out_scale) -> torch.Tensor:
-    """(IA)³ scales and a trained `scale`: the definition under autograd."""
+def _by_definition(op: str, call: _Call, in_scale: Any = None, out_scale: Any = None) -> list[torch.Tensor]:
+    """What only the definition under autograd does: (IA)³ scales, a trained `scale`, dropout of everything."""
     if forced() not in ("", "torch"):
         raise RuntimeError(
-            f"lora_linear: backend {forced()!r} was forced, but in_scale, out_scale, a scale "
-            "that requires grad and dropout_p = 1 run only on the torch backend"
+            f"{op}: backend {forced()!r} was forced, but a scale that requires grad, "
+            "dropout_p = 1, in_scale and out_scale run only on the torch backend"
         )
-    call = _autocast(_Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed))
-    _checked("lora_linear", call)
-    _check.vector("lora_linear", "in_scale", in_scale, call.x.shape[-1], "K", call.x)
-    _check.vector("lora_linear", "out_scale", out_scale, call.weights[0].shape[0], "N", call.x)
-    return _definition(call, 0, _seed(call) if dropout_p else None, in_scale, out_scale)
-
-
-def _definition(call: _Call, i: int, seed: torch.Tensor | None, in_scale, out_scale) -> torch.Tensor:
-    return reference.lora_linear(
-        call.x, call.weights[i], call.a[i], call.b[i], scale=call.scales[i], bias=call.biases[i], lora_bias=call.lora_biases[i],
-        dropout_p=call.dropout_p, seed=seed, in_scale=in_scale, out_scale=out_scale, projection=i,
-    )  # fmt: skip
+    call = _autocast(call)
+    _checked(op, call)
+    _check.vector(op, "in_scale", in_scale, call.x.shape[-1], "K", call.x)
+    _check.vector(op, "out_scale", out_scale, call.weights[0].shape[0], "N", call.x)
+    seed = _seed(op, call) if call.dropout_p else None
+    return [
+        reference.lora_linear(
+            call.x, weight, call.a[i], call.b[i], scale=call.scales[i], bias=call.biases[i], lora_bias=call.lora_biases[i],
+            dropout_p=call.dropout_p, seed=seed, in_scale=in_scale, out_scale=out_scale, projection=i,
+        )
+        for i, weight in enumerate(call.weights)
+    ]  # fmt: skip
