@@ -2,26 +2,25 @@
 
     y = out_scale · ((x·in_scale) Wᵀ + scale·(drop(x) Aᵀ) Bᵀ + lora_bias) + bias
 
-Here: the public functions, their checks, and the way to the registered op in `lora_linear_op.py` (schema, fake,
-autograd, the table of backends). Then: `lora_linear_cpu.py` and `csrc/cpu/lora_linear_kernels.h`, or
-`reference/lora_linear.py`.
+Here: the public functions and the way to the registered op in `lora_linear_op.py` (schema, fake, autograd, the table of
+backends), past the checks in `lora_linear_check.py`. Then: `lora_linear_cpu.py` and `csrc/cpu/lora_linear_kernels.h`, or
+`reference/lora_linear.py`. Inference on few rows takes the short way, `lora_linear_lean.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..reference import lora_linear as reference
-from . import _check, lora_linear_cpu
+from . import _check
 from ._backend import forced
 from ._library import plain_call
+from .lora_linear_check import Call, Optionals, Tensors, check
+from .lora_linear_lean import constant, lean
 from .lora_linear_op import apply
-
-Tensors = Sequence[torch.Tensor]
-Optionals = Sequence[torch.Tensor | None]
 
 
 def lora_linear(
@@ -60,10 +59,10 @@ def lora_linear(
     """
     special = in_scale is not None or out_scale is not None or dropout_p == 1.0 or _wants_grad(scale)
     if dropout_p == 0.0 and not special:
-        y = lora_linear_cpu.lean(x, weight, a, b, scale, bias, lora_bias)
+        y = lean(x, weight, a, b, scale, bias, lora_bias)
         if y is not None:
             return y
-    call = _Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
+    call = Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
     if special:
         return _by_definition("lora_linear", call, in_scale, out_scale)[0]
     return _run("lora_linear", call)[0]
@@ -96,7 +95,7 @@ def lora_linear_group(
     """
     n = len(weights)
     none = (None,) * n
-    call = _Call(x, weights, biases or none, a, b, scales, lora_biases or none, dropout_p, seed)
+    call = Call(x, weights, biases or none, a, b, scales, lora_biases or none, dropout_p, seed)
     for name, given in zip(
         ("a", "b", "scales", "biases", "lora_biases"), (a, b, scales, call.biases, call.lora_biases)
     ):
@@ -109,89 +108,12 @@ def lora_linear_group(
     return _run("lora_linear_group", call)
 
 
-class _Call(NamedTuple):
-    """One call's arguments, a sequence entry per projection."""
-
-    x: torch.Tensor
-    weights: Tensors
-    biases: Optionals
-    a: Optionals
-    b: Optionals
-    scales: Sequence[Any]
-    lora_biases: Optionals
-    dropout_p: float
-    seed: Any
-
-
-# ---- argument checks -----------------------------------------------------------------------------
-
-
-def _checked(op: str, call: _Call) -> None:
-    x = call.x
-    if not isinstance(x, torch.Tensor):
-        _check.bad_type(op, "x", "a torch.Tensor", x)
-    if x.dim() == 0:
-        _check.bad_value(op, "x", "[..., K], at least one dimension", "a 0-dim tensor")
-    if not x.dtype.is_floating_point:
-        _check.bad_value(op, "x", "a floating-point tensor", x.dtype)
-    if not 0.0 <= call.dropout_p <= 1.0:
-        _check.bad_value(op, "dropout_p", "a probability in [0, 1]", call.dropout_p)
-    for i, weight in enumerate(call.weights):
-        _check_base(op, x, weight)
-        n = weight.shape[0]
-        _check.vector(op, "bias", call.biases[i], n, "N", x)
-        _check.vector(op, "lora_bias", call.lora_biases[i], n, "N", x)
-        _check_adapter(op, x, n, call.a[i], call.b[i], call.scales[i])
-
-
-def _check_base(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    k = x.shape[-1]
-    if not isinstance(weight, torch.Tensor):
-        _check.bad_type(op, "weight", "a torch.Tensor", weight)
-    if weight.dim() != 2 or weight.shape[1] != k:
-        _check.bad_value(op, "weight", f"[N, K] = [N, {k}] (K is x's last dimension)", list(weight.shape))
-    if weight.dtype != x.dtype:
-        _check.bad_value(
-            op, "weight", f"of x's dtype ({x.dtype}); cast one of them or use torch.autocast", weight.dtype
-        )
-    _check.same_device(op, "weight", weight, x)
-    if weight.requires_grad:
-        _check.bad_value(
-            op, "weight", "frozen (weight.requires_grad_(False)): it gets no gradient here", "one that requires grad"
-        )
-
-
-def _check_adapter(op: str, x: torch.Tensor, n: int, a: Any, b: Any, scale: Any) -> None:
-    if a is None and b is None:
-        return
-    for name, value in (("a", a), ("b", b)):
-        if not isinstance(value, torch.Tensor):
-            _check.bad_type(op, name, "a torch.Tensor (or None for both a and b)", value)
-    k = x.shape[-1]
-    if a.dim() != 2 or a.shape[0] == 0 or a.shape[1] != k:
-        r = a.shape[0] if a.dim() == 2 and a.shape[0] else "R ≥ 1"
-        _check.bad_value(op, "a", f"[R, K] = [{r}, {k}]", list(a.shape))
-    r = a.shape[0]
-    if b.dim() != 2 or b.shape[0] != n or b.shape[1] != r:
-        _check.bad_value(op, "b", f"[N, R] = [{n}, {r}]", list(b.shape))
-    for name, value in (("a", a), ("b", b)):
-        _check.floating(op, name, value)
-        _check.same_device(op, name, value, x)
-    if isinstance(scale, torch.Tensor):
-        if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != r):
-            _check.bad_value(op, "scale", f"a number or a tensor [] or [R] = [{r}]", list(scale.shape))
-        _check.floating(op, "scale", scale)
-        _check.same_device(op, "scale", scale, x)
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
-        _check.bad_type(op, "scale", "a number or a torch.Tensor", scale)
-
-
 # ---- from the public call to the registered op ---------------------------------------------------
 
 
-def _run(op: str, call: _Call) -> list[torch.Tensor]:
+def _run(op: str, call: Call) -> list[torch.Tensor]:
     call = _autocast(call)
-    _checked(op, call)
+    check(op, call)
     x, adapters = call.x, zip(call.a, call.scales)
     plain = plain_call(x)
     scales = [None if a is None else _scale(scale, x, plain) for a, scale in adapters]
@@ -199,7 +121,7 @@ def _run(op: str, call: _Call) -> list[torch.Tensor]:
     return apply(x, (call.weights, call.biases, call.a, call.b, scales, call.lora_biases), call.dropout_p, seed, plain)
 
 
-def _autocast(call: _Call) -> _Call:
+def _autocast(call: Call) -> Call:
     """Under autocast everything computes in its dtype, as `torch.nn.functional.linear` does."""
     x = call.x
     if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
@@ -223,11 +145,11 @@ def _scale(scale: Any, x: torch.Tensor, plain: bool) -> torch.Tensor:
     if isinstance(scale, torch.Tensor):
         return scale.to(wide).contiguous()
     if plain and x.is_cpu and wide is torch.float32:
-        return lora_linear_cpu.constant(scale)
+        return constant(scale)
     return torch.full((), scale, dtype=wide, device=x.device)
 
 
-def _seed(op: str, call: _Call) -> torch.Tensor:
+def _seed(op: str, call: Call) -> torch.Tensor:
     seed, device = call.seed, call.x.device
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
@@ -241,7 +163,7 @@ def _seed(op: str, call: _Call) -> torch.Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)  # type: ignore[arg-type]  # a SymInt while compiling
 
 
-def _by_definition(op: str, call: _Call, in_scale: Any = None, out_scale: Any = None) -> list[torch.Tensor]:
+def _by_definition(op: str, call: Call, in_scale: Any = None, out_scale: Any = None) -> list[torch.Tensor]:
     """What only the definition under autograd does: (IA)³ scales, a trained `scale`, dropout of everything."""
     if forced() not in ("", "torch"):
         raise RuntimeError(
@@ -249,7 +171,7 @@ def _by_definition(op: str, call: _Call, in_scale: Any = None, out_scale: Any = 
             "dropout_p = 1, in_scale and out_scale run only on the torch backend"
         )
     call = _autocast(call)
-    _checked(op, call)
+    check(op, call)
     _check.vector(op, "in_scale", in_scale, call.x.shape[-1], "K", call.x)
     _check.vector(op, "out_scale", out_scale, call.weights[0].shape[0], "N", call.x)
     seed = _seed(op, call) if call.dropout_p else None

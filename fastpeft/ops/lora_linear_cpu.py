@@ -2,7 +2,8 @@
 
 Forward: s = drop(x) Aᵀ of all projections in one read of x; y = x Wᵀ + bias; y += s (scale·B)ᵀ + lora_bias in place.
 Backward: one read of dy gives ds and dB (and dbias); dx = dy W; one pass over x and dx gives dA and adds ds A.
-For few rows the forward is a single native region, base included (`lora_linear_small`).
+For few rows the forward is a single native region, base included (`lora_linear_small`); most such calls of inference
+reach it from `lora_linear_lean.py` and do not pass here.
 """
 
 from __future__ import annotations
@@ -13,20 +14,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch._C import _is_any_autocast_enabled
 
 from .. import _machine, _native
 from ..reference.lora_linear import contiguous_rows, leading_shape
 from ..reference.philox import keep_threshold
-from . import _backend
-from ._library import plain_call
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MAX_RANK = 512
-_MAX_ROWS = 32  # of one call of lora_linear_small
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_RANK = 512
+MAX_ROWS = 32  # of one call of lora_linear_small
 _PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["cpu"]
 # Up to this many rows the native kernel reads the weight faster than PyTorch's GEMM does.
-_SMALL_M = {isa: {getattr(torch, dtype): m for dtype, m in by.items()} for isa, by in _PLANS["small_m"].items()}
+SMALL_M = {isa: {getattr(torch, dtype): m for dtype, m in by.items()} for isa, by in _PLANS["small_m"].items()}
 
 
 def can(meta) -> str | None:
@@ -35,27 +33,27 @@ def can(meta) -> str | None:
         return _native.why_not_cpu()
     if x.device.type != "cpu":
         return f"tensors are on {x.device}"
-    if x.dtype not in _DTYPE:
+    if x.dtype not in CODES:
         return f"x is {x.dtype}, not among float32, bfloat16, float16"
     for a_i, b_i in zip(a, b):
         if a_i is None:
             continue
-        if a_i.dtype not in _DTYPE or b_i.dtype not in _DTYPE:
+        if a_i.dtype not in CODES or b_i.dtype not in CODES:
             return f"a is {a_i.dtype} and b {b_i.dtype}: it takes float32, bfloat16 and float16"
-        if a_i.shape[0] > _MAX_RANK:
-            return f"a and b have rank {a_i.shape[0]}: it takes up to {_MAX_RANK}"
+        if a_i.shape[0] > MAX_RANK:
+            return f"a and b have rank {a_i.shape[0]}: it takes up to {MAX_RANK}"
     return None
 
 
 def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
     native, threads = _native.cpu(), torch.get_num_threads()
-    x2, code = contiguous_rows(x), _DTYPE[x.dtype]
+    x2, code = contiguous_rows(x), CODES[x.dtype]
     m, k = x2.shape
     a, b = [_rows(t) for t in a], [_rows(t) for t in b]
     ranks = [0 if t is None else t.shape[0] for t in a]
     s = x2.new_empty(m, sum(ranks))
     total = s.shape[1]
-    small = 0 < m <= _SMALL_M[native.isa()][x.dtype] and dropout_p == 0.0 and k > 0
+    small = 0 < m <= SMALL_M[native.isa()][x.dtype] and dropout_p == 0.0 and k > 0
     if not small:
         _down(native, code, x2, s, a, ranks, dropout_p, seed, threads)
     ys, column = [], 0
@@ -66,14 +64,14 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
         b_args = (_ptr(b[i]), _code(b[i]), r, _ptr(scales[i]), _stride(scales[i]))
         if small and weight.stride(1) == 1 and n > 0:
             y = x2.new_empty(m, n)
-            for m0 in range(0, m, _MAX_ROWS):
-                rows, size = min(_MAX_ROWS, m - m0), x2.element_size()
+            for m0 in range(0, m, MAX_ROWS):
+                rows, size = min(MAX_ROWS, m - m0), x2.element_size()
                 status = native.lora_linear_small(
                     code, x2.data_ptr() + m0 * k * size, rows, k, k, weight.data_ptr(), weight.stride(0), n,
                     _ptr(bias), _code(bias), y.data_ptr() + m0 * n * size, n, s_i + m0 * total * size, total, r,
                     *a_args, *b_args, _ptr(lora_bias), _code(lora_bias), threads,
                 )  # fmt: skip
-                _ok(status, "lora_linear_small", rows, k, n, r)
+                check_status(status, "lora_linear_small", rows, k, n, r)
         else:
             if small:
                 _down(native, code, x2, s[:, column : column + r], [a[i]], [r], 0.0, None, threads)
@@ -82,76 +80,15 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
                 status = native.lora_linear_up(
                     code, y.data_ptr(), m, n, n, s_i, total, r, *b_args, _ptr(lora_bias), _code(lora_bias), threads
                 )
-                _ok(status, "lora_linear_up", m, k, n, r)
+                check_status(status, "lora_linear_up", m, k, n, r)
         ys.append(leading_shape(y, x))
         column += r
     return ys, s
 
 
-def lean(x, weight, a, b, scale, bias, lora_bias):
-    """A plain inference call on few rows, straight to the native kernel; None where the call is anything else.
-
-    On tiny inputs such a call is all Python, so everything that must hold is asked for at once, by the cheapest question,
-    and helpers are written out (8.4 -> 7.1 µs). A wrong argument goes on to the full path, which says what is wrong.
-    """
-    if (
-        torch.is_grad_enabled()
-        or _is_any_autocast_enabled()
-        or not plain_call(x)
-        or _backend._forced not in ("", "cpu")
-    ):
-        return None
-    native, dtype, shape = _native.cpu(), x.dtype, x.shape
-    try:
-        (n, k), (r, a_k), (b_n, b_r) = weight.shape, a.shape, b.shape
-        rows = x.numel() // k
-        usual = (
-            native is not None
-            and 0 < rows <= min(_MAX_ROWS, _SMALL_M[native.isa()].get(dtype, 0))
-            and shape[-1] == k == a_k
-            and b_n == n > 0
-            and b_r == r <= _MAX_RANK
-            and weight.dtype is dtype
-            and not weight.requires_grad
-            and x.is_cpu and weight.is_cpu and a.is_cpu and b.is_cpu
-            and x.is_contiguous() and weight.is_contiguous() and a.is_contiguous() and b.is_contiguous()
-        )  # fmt: skip
-        if not usual:
-            return None
-        scale_ptr, code, a_code, b_code = constant(scale).data_ptr(), _DTYPE[dtype], _DTYPE[a.dtype], _DTYPE[b.dtype]
-        bias_ptr, bias_code = (0, 0) if bias is None else _vector(bias, n)
-        lora_bias_ptr, lora_bias_code = (0, 0) if lora_bias is None else _vector(lora_bias, n)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
-    y = torch.empty_strided((rows, n), (n, 1), dtype=dtype)  # half the price of x.new_empty
-    status = native.lora_linear_small(
-        code, x.data_ptr(), rows, k, k, weight.data_ptr(), k, n, bias_ptr, bias_code, y.data_ptr(), n, 0, r, r,
-        a.data_ptr(), a_code, k, b.data_ptr(), b_code, r, scale_ptr, 0, lora_bias_ptr, lora_bias_code, torch.get_num_threads(),
-    )  # fmt: skip
-    if status:
-        _ok(status, "lora_linear_small", rows, k, n, r)
-    return y if len(shape) == 2 else y.view(*shape[:-1], n)
-
-
-def _vector(t, n: int) -> tuple[int, int]:
-    """Pointer and dtype of a bias [n] that the kernel can read as it is; ValueError otherwise."""
-    if t.shape != (n,) or not t.is_cpu or not t.is_contiguous():
-        raise ValueError
-    return t.data_ptr(), _DTYPE[t.dtype]
-
-
-@functools.lru_cache(maxsize=1024, typed=True)  # typed: True == 1, and a bool must not find the tensor of a 1
-def constant(value: float) -> torch.Tensor:
-    """A number as a float32 CPU tensor, made once."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError("constant: a number is needed")
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=torch.float32, device="cpu")
-
-
 def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a, needs_b, needs_bias):
     native, threads = _native.cpu(), torch.get_num_threads()
-    code, k = _DTYPE[s.dtype], weights[0].shape[1]
+    code, k = CODES[s.dtype], weights[0].shape[1]
     m, total = s.shape
     rows = next(dy.shape[:-1] for dy in dys if dy is not None)
     x2 = contiguous_rows(x) if any(needs_a) else None
@@ -175,7 +112,7 @@ def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a
                     _ptr(scales[i]), _stride(scales[i]), _at(t, column) if wants_t else 0, total,
                     _ptr(db), _ptr(dbias), 0, threads,
                 )  # fmt: skip
-                _ok(status, "lora_linear_grad_up", m, k, n, r)
+                check_status(status, "lora_linear_grad_up", m, k, n, r)
             if wants_t:
                 projections.append((a[i].data_ptr(), _code(a[i]), r, k, column, i, _ptr(da)))
         das.append(da)
@@ -187,7 +124,7 @@ def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a
             code, _ptr(x2), m, k, k, _ptr(dx), k, t.data_ptr(), total, projections,
             keep_threshold(dropout_p), dropout_p, _key(seed), threads,
         )  # fmt: skip
-        _ok(status, "lora_linear_grad_down", m, k, 0, total)
+        check_status(status, "lora_linear_grad_down", m, k, 0, total)
     return None if dx is None else dx.view(*rows, k), das, dbs, dbiases
 
 
@@ -202,7 +139,7 @@ def _down(native, code, x2, s, a, ranks, dropout_p, seed, threads):
             code, x2.data_ptr(), *x2.shape, x2.shape[1], s.data_ptr(), s.stride(0), projections,
             keep_threshold(dropout_p), dropout_p, _key(seed), threads,
         )  # fmt: skip
-        _ok(status, "lora_linear_down", *x2.shape, 0, s.shape[1])
+        check_status(status, "lora_linear_down", *x2.shape, 0, s.shape[1])
 
 
 def _matmul(x, w, bias=None, onto=None):
@@ -244,7 +181,7 @@ def _rows(t):
 
 def _wide(t):
     """A bias as the kernels take it: contiguous, one of the three dtypes."""
-    return t if t is None or (t.dtype in _DTYPE and t.is_contiguous()) else t.float().contiguous()
+    return t if t is None or (t.dtype in CODES and t.is_contiguous()) else t.float().contiguous()
 
 
 def _ptr(t) -> int:
@@ -256,7 +193,7 @@ def _at(s, column: int) -> int:
 
 
 def _code(t) -> int:
-    return 0 if t is None else _DTYPE[t.dtype]
+    return 0 if t is None else CODES[t.dtype]
 
 
 def _stride(scale) -> int:
@@ -267,6 +204,6 @@ def _key(seed) -> int:
     return 0 if seed is None else int(seed)
 
 
-def _ok(status: int, kernel: str, m: int, k: int, n: int, r: int) -> None:
+def check_status(status: int, kernel: str, m: int, k: int, n: int, r: int) -> None:
     if status:
         raise MemoryError(f"{kernel}: no memory for its workspace at M={m}, K={k}, N={n}, R={r} (status {status})")
