@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import peft
-import pytest
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
@@ -23,15 +22,6 @@ ALL = {
     "bert": ["query", "key", "value", "dense"],
 }
 GROUPS = {"llama": 4, "gpt2": 0, "bert": 2}  # two layers each
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: two threads only wait for each other, for seconds on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def base_model(kind: str) -> nn.Module:

@@ -36,6 +36,15 @@ def backend(request):
             native.set_isa(before)
 
 
+@pytest.fixture
+def one_thread():
+    """Tiny tensors: a second thread of PyTorch's only waits for the first, for seconds on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

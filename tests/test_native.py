@@ -24,6 +24,7 @@ native = _native.cpu()
 if native is None:
     pytest.skip(f"no native CPU module: {_native.why_not_cpu()}", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ISAS = list(native.isas())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -81,15 +82,6 @@ class Memory:
     def close(self):
         for base, total in self.maps:
             _libc.munmap(base, total)
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """The references are tiny: a second thread of PyTorch's only spins (6 times slower on a busy machine)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from _peft import (
     counted_peft_calls,
     double,
     layers,
-    one_thread,
     output,
     pair,
     peft_model,
@@ -33,7 +32,7 @@ from torch import nn
 import fastpeft
 from fastpeft.interop.peft import FastLoraLinear
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 BF16_EPS = torch.finfo(torch.bfloat16).eps
 
 

@@ -12,14 +12,14 @@ import weakref
 import peft
 import pytest
 import torch
-from _peft import assert_like_peft, assert_same_results, double, layers, one_thread, output, pair, run, tokens
+from _peft import assert_like_peft, assert_same_results, double, layers, output, pair, run, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
 import fastpeft.interop.peft
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

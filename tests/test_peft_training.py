@@ -13,7 +13,6 @@ from _peft import (
     counted_peft_calls,
     double,
     layers,
-    one_thread,
     output,
     pair,
     peft_model,
@@ -24,8 +23,7 @@ from _peft import (
 
 import fastpeft
 
-__all__ = ["one_thread"]
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 
 # ---- torch.compile and checkpointing ------------------------------------------------------------------------------------
