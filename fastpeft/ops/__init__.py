@@ -12,5 +12,5 @@ def backends() -> dict[str, dict[str, str | None]]:
     """For each op and backend: None where a bfloat16 CPU call could run, else the reason why not."""
     import torch
 
-    x, a = torch.empty(1, 16, dtype=torch.bfloat16), torch.empty(1, 16)
-    return {"lora_linear": {name: backend.can((x, [a])) for name, backend in BACKENDS.items()}}
+    x, a, b = torch.empty(1, 16, dtype=torch.bfloat16), torch.empty(1, 16), torch.empty(16, 1)
+    return {"lora_linear": {name: backend.can((x, [a], [b])) for name, backend in BACKENDS.items()}}
