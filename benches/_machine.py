@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from fastpeft import _native
+from fastpeft._machine import cpu, cpu_flags, cpuinfo, version
+
 SCHEMA = 1  # of a line in a results file
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 _PACKAGES = ("torch", "peft", "transformers", "numpy", "triton", "fastpeft")
-
-
-def _cpuinfo() -> dict[str, str]:
-    found: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            found.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    return found
 
 
 def last_level_cache() -> int:
@@ -42,14 +32,8 @@ def last_level_cache() -> int:
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    """Cores that this process may use."""
+    return cpu()["cores"]
 
 
 def _git(*arguments: str) -> str | None:
@@ -63,26 +47,16 @@ def _git(*arguments: str) -> str | None:
     return run.stdout.strip() if run.returncode == 0 else None
 
 
-def _native_isa() -> str | None:
-    try:
-        from fastpeft import _native
-    except ImportError:
-        return None
-    module = _native.cpu()
-    return None if module is None else str(module.isa())
-
-
 @functools.cache
 def describe(device: str = "cpu") -> dict[str, object]:
     """Machine, versions and commit, as every line of a results file carries them."""
-    info = _cpuinfo()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
+    native = _native.cpu()
     machine: dict[str, object] = {
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
-        "family": "/".join(info.get(k, "?") for k in ("cpu family", "model", "stepping")),
-        "isa": [flag for flag in _FLAGS if flag in flags],
-        "amx": "amx_bf16" in flags,
-        "native_isa": _native_isa(),
+        "cpu": cpu()["model"],
+        "family": "/".join(cpuinfo().get(k, "?") for k in ("cpu family", "model", "stepping")),
+        "isa": [flag for flag in _FLAGS if flag in cpu_flags()],
+        "amx": cpu()["amx"],
+        "native_isa": None if native is None else str(native.isa()),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "last_level_cache": last_level_cache(),
@@ -98,7 +72,7 @@ def describe(device: str = "cpu") -> dict[str, object]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "machine": machine,
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
 
 

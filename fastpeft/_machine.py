@@ -1,4 +1,4 @@
-"""What this machine has: for `fastpeft doctor` and for the support table in the README."""
+"""What this machine has: for `fastpeft doctor`, the support table in the README and the benchmarks."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _ISA = {
 
 
 @functools.cache
-def cpu() -> dict[str, Any]:
-    """Model, cores that this process may use, instruction sets that matter here, and whether it has AMX."""
+def cpuinfo() -> dict[str, str]:
+    """The fields of /proc/cpuinfo, of its first CPU; {} where there is no such file."""
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -36,11 +36,23 @@ def cpu() -> dict[str, Any]:
             fields.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return fields
+
+
+def cpu_flags() -> list[str]:
+    """Instruction sets by the system's names, such as "avx512_bf16"."""
+    fields = cpuinfo()
+    return (fields.get("flags") or fields.get("Features") or "").split()
+
+
+@functools.cache
+def cpu() -> dict[str, Any]:
+    """Model, cores that this process may use, instruction sets that matter here, and whether it has AMX."""
+    fields, flags = cpuinfo(), cpu_flags()
     return {
         "model": fields.get("model name") or platform.processor() or "unknown",
         "architecture": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "isa": [name for flag, name in _ISA.items() if flag in flags],
         "amx": "amx_bf16" in flags,
     }
