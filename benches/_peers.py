@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 PEFT = "PEFT"  # its default: adapters in fp32, the LoRA part computed in fp32
 PEFT_LOW = "PEFT same dtype"  # autocast_adapter_dtype=False: adapters in the compute dtype
@@ -111,5 +112,6 @@ def call_layer(layer: PeftLinear, x: Tensor) -> Tensor:
 
 def compiled() -> Any:
     """`call_layer` under torch.compile: layers are its inputs, so that one graph serves a ring of them."""
+    inductor.compile_threads = 1  # compile here: under load torch's compile workers stalled
     torch._dynamo.reset()
     return torch.compile(call_layer, dynamic=False)

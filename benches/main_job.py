@@ -40,6 +40,7 @@ RANK, ALPHA = 16, 32
 LEARNING_RATE = 5e-4
 FULL_LEARNING_RATE = 2e-5
 WAYS = (PEFT, PEFT_LOW, OURS)
+WORKER_SECONDS = 600  # of one memory worker, which needs well under a minute
 
 Tick = Callable[[], object] | None
 
@@ -290,9 +291,14 @@ def memory(
 
     def one(way: str) -> dict[str, Any]:
         arguments = [way, where, str(dtype).removeprefix("torch."), device, json.dumps(ids.tolist())]
-        run = subprocess.run(
-            [sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, env=environment
-        )
+        command = [sys.executable, "-m", __name__, *arguments]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=WORKER_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(
+                f"measuring the memory of {way} was not done after {WORKER_SECONDS} s and was stopped: run it "
+                "again with --parts memory when nothing else runs and memory is free, or leave memory out of --parts"
+            ) from None
         if tick is not None:
             tick()
         if run.returncode:

@@ -231,6 +231,17 @@ def test_saved_bytes_count_a_storage_once_and_leave_parameters_out():
     assert saved_bytes(lambda: (x @ w, x.view(4, 8) ** 2), [w]) == 8 * 4 * 4
 
 
+def test_a_memory_worker_that_hangs_is_stopped_and_the_error_says_what_to_do(monkeypatch):
+    import torch
+
+    from benches import main_job
+
+    monkeypatch.setattr(main_job, "WORKER_SECONDS", 0.001)  # no Python starts as fast
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"memory of PEFT was not done after 0.001 s and was stopped: .*--parts"):
+        main_job.memory("no model", ids, dtype=torch.float32, device="cpu", ways=("PEFT",))
+
+
 # -------------------------------------------------------------------------------------------------------------- fetch
 
 
