@@ -230,7 +230,6 @@ int up(const LoraLinearUp& u) {
     }
 
     alignas(64) float scratch[MB * TILE_LD];
-    NoTile none;
     for (int c = omp_get_thread_num(); c < grid.cells(); c += omp_get_num_threads()) {
       const Cell cell(grid, c);
       float* st = ranks + c * Workspace::size(J * MB);
@@ -241,7 +240,8 @@ int up(const LoraLinearUp& u) {
           if (J > R)
             for (int m = 0; m < t.rows; ++m) st[R * MB + m] = 1.0f;
         }
-        add_product(y + t.m0 * u.y.ld + t.k0, u.y.ld, st, ct + t.k0, ld, t.rows, J, t.cols, scratch, none);
+        NextLines<T> next(y, u.y.ld, cell.along_rows(i + 1));
+        add_product(y + t.m0 * u.y.ld + t.k0, u.y.ld, st, ct + t.k0, ld, t.rows, J, t.cols, scratch, next);
       }
     }
   }
@@ -383,16 +383,18 @@ int grad_down(const LoraLinearGradDown& d) {
       float* g = grad + cell.row * R * ld;
       for (int64_t r = 0; wants_da && r < R; ++r)
         for (int64_t k = cell.k_begin(); k < cell.k_end(); k += W) store(g + r * ld + k, zero());
-      const auto load_next = [&](int64_t i) {
-        return NextTile<T>(tiles[i % 2], x, d.x.ld, wants_da ? cell.along_rows(i) : TileAt{0, 0, 0, 0});
+      const auto next_tile = [&](int64_t i) {
+        const TileAt at = cell.along_rows(i), none{0, 0, 0, 0};
+        return Both<NextTile<T>, NextLines<T>>{{tiles[i % 2], x, d.x.ld, wants_da ? at : none},
+                                               {dx, d.dx.ld, wants_dx ? at : none}};
       };
-      load_next(0).finish();
+      next_tile(0).first.finish();
       for (int64_t i = 0; i < cell.count; ++i) {
         const TileAt at = cell.along_rows(i);
         const float *tile = tiles[i % 2], *ranks = tt + at.m0 * R;  // [rows, cols], [R, rows]
         const int vecs = (int)blocks(at.cols, W);
         T* out = dx + at.m0 * d.dx.ld + at.k0;
-        NextTile<T> next = load_next(i + 1);
+        auto next = next_tile(i + 1);
         if (!mask) {
           if (wants_da) tile_gemm<MB, 1>(g + at.k0, ld, ranks, tile, TILE_LD, R, at.rows, vecs, next);
           if (wants_dx) add_product(out, d.dx.ld, ranks, a + at.k0, ld, at.rows, R, at.cols, product, next);
@@ -415,7 +417,7 @@ int grad_down(const LoraLinearGradDown& d) {
           }
           if (wants_dx) store_tile(out, d.dx.ld, dx_tile, at.rows, at.cols);
         }
-        next.finish();
+        next.first.finish();
       }
     }
 #pragma omp barrier

@@ -126,6 +126,34 @@ struct NoTile {
   FP_INLINE void step() {}
 };
 
+// Prefetches the tile of an output that is added to next, a cache line at a step: the sum of a register block is
+// ready long before a line from L3 is.
+template <class T>
+struct NextLines {
+  static constexpr int LINE = 64 / sizeof(T);
+  const T* line;  // [rows, cols]
+  int64_t ld;
+  int cols, column = 0, left;
+
+  NextLines(const T* c, int64_t ld, TileAt at)
+      : line(c + at.m0 * ld + at.k0), ld(ld), cols(at.cols), left(at.rows * (int)blocks(at.cols, LINE)) {}
+
+  FP_INLINE void step() {
+    if (left == 0) return;
+    --left;
+    __builtin_prefetch(line + column, 1, 3);
+    column += LINE;
+    if (column >= cols) column = 0, line += ld;
+  }
+};
+
+template <class First, class Second>
+struct Both {
+  First first;
+  Second second;
+  FP_INLINE void step() { first.step(), second.step(); }
+};
+
 // C[i, v] += Σ_j L[i, j] · B[j, v] for I rows and N vectors, held in registers. L's strides are constants: one base
 // register serves all rows. The sum over j starts at zero: a long sum is built of short ones, as in a blocked GEMM.
 // C is fp32, or of another element type if this sum is all that is added to it: then it is rounded once.

@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from .. import _machine, _native
 from ..reference.lora_linear import contiguous_rows, leading_shape
@@ -151,7 +150,7 @@ def _matmul(x, w, bias=None, onto=None):
     if x.dtype != torch.bfloat16 or m < _PLANS["widen"]["min_m"] or not _slow_bf16():
         if onto is not None:
             return onto.addmm_(x, w)
-        return F.linear(x, w.t(), None if bias is None else bias.to(x.dtype))
+        return torch.mm(x, w) if bias is None else torch.addmm(bias.to(x.dtype), x, w)
     rows, columns = _PLANS["widen"]["rows"], _PLANS["widen"]["columns"]
     out = x.new_empty(m, n) if onto is None else onto
     for m0 in range(0, m, rows):

@@ -21,7 +21,9 @@ def apply(x, tensors, dropout_p, seed, plain):
         x.requires_grad or any(t is not None and t.requires_grad for ts in tensors for t in ts)
     ):
         flat = [t for ts in tensors for t in ts]
-        return list(_LoraLinear.apply(dropout_p, forced(), x, seed, *flat)[:-1])
+        if plain:
+            return _PlainLoraLinear.apply(dropout_p, forced(), x, seed, *flat)
+        return _LoraLinear.apply(dropout_p, forced(), x, seed, *flat)[:-1]
     forward = _forward if plain else _forward_op
     return forward(x, *tensors, dropout_p, seed, forced())[0]
 
@@ -83,54 +85,72 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(dropout_p, backend, x, seed, *flat):
-        n = len(flat) // 6
         forward = _forward if plain_call(x) else _forward_op
-        ys, s = forward(x, *(list(flat[i * n : (i + 1) * n]) for i in range(6)), dropout_p, seed, backend)
+        ys, s = forward(x, *_by_kind(flat, len(flat) // 6), dropout_p, seed, backend)
         return (*ys, s)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dropout_p, backend, x, seed, *flat = inputs
-        n = len(flat) // 6
-        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[-1])
-        ctx.dropout_p, ctx.backend, ctx.n = dropout_p, backend, n
-        weights, biases, a, b, scales, lora_biases = (flat[i * n : (i + 1) * n] for i in range(6))
-        trains_a = any(ctx.needs_input_grad[4 + 2 * n : 4 + 3 * n])  # else x is not read again (LoRA-FA, BitFit)
-        ctx.save_for_backward(x if trains_a else None, output[-1], seed, *weights, *a, *b, *scales)
+        _save(ctx, output[-1], *inputs)
 
     @staticmethod
     def backward(ctx, *grads):
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, grads)
         with torch.no_grad():
-            out = _LoraLinear.gradients(ctx, grads)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            out = _gradients(ctx, grads)
+        if not torch.compiler.is_compiling():  # create_graph=True
             sources = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
             out = tuple(None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out)
         return out
 
+
+class _PlainLoraLinear(torch.autograd.Function):
+    """The same for plain calls, -> ys. Without a setup_context: where there is one, `apply` binds its arguments by
+    inspect.signature in every call, and s must be an output (60 of 93 µs, with the rest written out)."""
+
     @staticmethod
-    def gradients(ctx, grads):
-        n, dys = ctx.n, list(grads[:-1])
-        x, s, seed, *flat = ctx.saved_tensors
-        weights, a, b, scales = (flat[i * n : (i + 1) * n] for i in range(4))
-        wanted = ctx.needs_input_grad
-        biases, lora_biases = wanted[4 + n : 4 + 2 * n], wanted[4 + 5 * n : 4 + 6 * n]
-        live = [dy is not None for dy in dys]
-        needs = [wanted[2] and any(live)]
-        needs += [want and here for want, here in zip(wanted[4 + 2 * n : 4 + 3 * n], live)]
-        needs += [want and here for want, here in zip(wanted[4 + 3 * n : 4 + 4 * n], live)]
-        needs += [(one or two) and here for one, two, here in zip(biases, lora_biases, live)]
-        out: list[torch.Tensor | None] = [None] * len(wanted)
-        if not any(needs):
-            return tuple(out)
+    def forward(ctx, dropout_p, backend, x, seed, *flat):
+        ys, s = _forward(x, *_by_kind(flat, len(flat) // 6), dropout_p, seed, backend)
+        _save(ctx, s, dropout_p, backend, x, seed, *flat)
+        return tuple(ys)
+
+    backward = _LoraLinear.backward
+
+
+def _by_kind(flat, n):
+    """[*weights, *biases, ...] -> [weights, biases, ...], n of each"""
+    return [list(flat[i : i + n]) for i in range(0, len(flat), n)]
+
+
+def _save(ctx, s, dropout_p, backend, x, seed, *flat):
+    n = len(flat) // 6
+    ctx.set_materialize_grads(False)
+    ctx.dropout_p, ctx.backend, ctx.n = dropout_p, backend, n
+    trains_a = any(ctx.needs_input_grad[4 + 2 * n : 4 + 3 * n])  # else x is not read again (LoRA-FA, BitFit)
+    ctx.save_for_backward(x if trains_a else None, s, seed, *flat[:n], *flat[2 * n : 5 * n])
+
+
+def _gradients(ctx, grads):
+    n, dys = ctx.n, list(grads[: ctx.n])
+    x, s, seed, *flat = ctx.saved_tensors
+    weights, a, b, scales = _by_kind(flat, n)
+    wants_x = ctx.needs_input_grad[2]
+    _, wants_bias, wants_a, wants_b, _, wants_lora_bias = _by_kind(ctx.needs_input_grad[4:], n)
+    live = [dy is not None for dy in dys]
+    needs = [wants_x and any(live)]
+    needs += [want and here for want, here in zip(wants_a + wants_b, live + live)]
+    needs += [(one or two) and here for one, two, here in zip(wants_bias, wants_lora_bias, live)]
+    found = iter(())
+    if any(needs):
         backward = _backward if plain_call(s) else _backward_op
         found = iter(backward(dys, x, s, weights, a, b, scales, ctx.dropout_p, seed, needs, ctx.backend))
-        dx, *rest = (next(found) if needed else None for needed in needs)
-        out[2] = dx
-        out[4 + 2 * n : 4 + 4 * n] = rest[: 2 * n]
-        out[4 + n : 4 + 2 * n] = [g if want else None for g, want in zip(rest[2 * n :], biases)]
-        out[4 + 5 * n : 4 + 6 * n] = [g if want else None for g, want in zip(rest[2 * n :], lora_biases)]
-        return tuple(out)
+    dx, *rest = [next(found) if needed else None for needed in needs]
+    none, dbiases = [None] * n, rest[2 * n :]
+    dbias = [g if want else None for g, want in zip(dbiases, wants_bias)]
+    dlora_bias = [g if want else None for g, want in zip(dbiases, wants_lora_bias)]
+    return (None, None, dx, None, *none, *dbias, *rest[: 2 * n], *none, *dlora_bias)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
