@@ -5,7 +5,7 @@
 namespace fastpeft {
 
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum Status : int { OK = 0, OUT_OF_MEMORY = 1, BAD_DTYPE = 2, BAD_SIZE = 3 };
+enum Status : int { OK = 0, OUT_OF_MEMORY = 1, BAD_DTYPE = 2 };
 
 struct Matrix {
   void* data;  // null: absent

@@ -21,6 +21,7 @@ from ._library import plain_call
 from .lora_linear_check import Call, Optionals, Tensors, check
 from .lora_linear_lean import constant, lean
 from .lora_linear_op import apply
+from .lora_linear_train import train
 
 
 def lora_linear(
@@ -59,9 +60,14 @@ def lora_linear(
     """
     special = in_scale is not None or out_scale is not None or dropout_p == 1.0 or _wants_grad(scale)
     if dropout_p == 0.0 and not special:
-        y = lean(x, weight, a, b, scale, bias, lora_bias)
-        if y is not None:
-            return y
+        if torch.is_grad_enabled():
+            ys = train(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,))
+            if ys is not None:
+                return ys[0]
+        else:
+            y = lean(x, weight, a, b, scale, bias, lora_bias)
+            if y is not None:
+                return y
     call = Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
     if special:
         return _by_definition("lora_linear", call, in_scale, out_scale)[0]
@@ -105,6 +111,10 @@ def lora_linear_group(
             )
     if dropout_p == 1.0 or any(map(_wants_grad, scales)):
         return _by_definition("lora_linear_group", call)
+    if dropout_p == 0.0:
+        ys = train(x, weights, call.biases, a, b, scales, call.lora_biases)
+        if ys is not None:
+            return list(ys)
     return _run("lora_linear_group", call)
 
 

@@ -20,7 +20,6 @@ from ..reference.philox import keep_threshold
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_RANK = 512
-MAX_ROWS = 32  # of one call of lora_linear_small
 _PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["cpu"]
 # Up to this many rows the native kernel reads the weight faster than PyTorch's GEMM does.
 SMALL_M = {isa: {getattr(torch, dtype): m for dtype, m in by.items()} for isa, by in _PLANS["small_m"].items()}
@@ -63,18 +62,15 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
         b_args = (_ptr(b[i]), _code(b[i]), r, _ptr(scales[i]), _stride(scales[i]))
         if small and weight.stride(1) == 1 and n > 0:
             y = x2.new_empty(m, n)
-            for m0 in range(0, m, MAX_ROWS):
-                rows, size = min(MAX_ROWS, m - m0), x2.element_size()
-                status = native.lora_linear_small(
-                    code, x2.data_ptr() + m0 * k * size, rows, k, k, weight.data_ptr(), weight.stride(0), n,
-                    _ptr(bias), _code(bias), y.data_ptr() + m0 * n * size, n, s_i + m0 * total * size, total, r,
-                    *a_args, *b_args, _ptr(lora_bias), _code(lora_bias), threads,
-                )  # fmt: skip
-                check_status(status, "lora_linear_small", rows, k, n, r)
+            status = native.lora_linear_small(
+                code, x2.data_ptr(), m, k, k, weight.data_ptr(), weight.stride(0), n, _ptr(bias), _code(bias),
+                y.data_ptr(), n, s_i, total, r, *a_args, *b_args, _ptr(lora_bias), _code(lora_bias), threads,
+            )  # fmt: skip
+            check_status(status, "lora_linear_small", m, k, n, r)
         else:
             if small:
                 _down(native, code, x2, s[:, column : column + r], [a[i]], [r], 0.0, None, threads)
-            y = _matmul(x2, weight.t(), biases[i])
+            y = matmul(x2, weight.t(), biases[i])
             if r or lora_bias is not None:
                 status = native.lora_linear_up(
                     code, y.data_ptr(), m, n, n, s_i, total, r, *b_args, _ptr(lora_bias), _code(lora_bias), threads
@@ -100,7 +96,7 @@ def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a
         if dys[i] is not None:
             dy = contiguous_rows(dys[i])
             if needs_x:
-                dx = _matmul(dy, weight, None, dx)
+                dx = matmul(dy, weight, None, dx)
             da = torch.empty_like(a[i]) if needs_a[i] else None
             db = torch.empty_like(b[i]) if needs_b[i] else None
             dbias = s.new_empty(n, dtype=torch.float32) if needs_bias[i] else None
@@ -141,7 +137,7 @@ def _down(native, code, x2, s, a, ranks, dropout_p, seed, threads):
         check_status(status, "lora_linear_down", *x2.shape, 0, s.shape[1])
 
 
-def _matmul(x, w, bias=None, onto=None):
+def matmul(x, w, bias=None, onto=None):
     """x [M, K] @ w [K, N] (+ bias [N]) (+ onto [M, N], in place), by PyTorch's GEMM.
 
     Where its bf16 GEMM is slower than its fp32 one, slabs of both operands are widened to fp32: exact products, one rounding.

@@ -15,21 +15,16 @@ from torch._C import _is_any_autocast_enabled
 from .. import _native
 from . import _backend
 from ._library import plain_call
-from .lora_linear_cpu import CODES, MAX_RANK, MAX_ROWS, SMALL_M, check_status
+from .lora_linear_cpu import CODES, MAX_RANK, SMALL_M, check_status
 
 
 def lean(x, weight, a, b, scale, bias, lora_bias):
-    """A plain inference call on few rows, straight to the native kernel; None where the call is anything else.
+    """A plain call on few rows without gradients, straight to the native kernel; None where it is anything else.
 
     On tiny inputs such a call is all Python, so everything that must hold is asked for at once, by the cheapest question,
     and helpers are written out (8.4 -> 7.1 µs). A wrong argument goes on to the full path, which says what is wrong.
     """
-    if (
-        torch.is_grad_enabled()
-        or _is_any_autocast_enabled()
-        or not plain_call(x)
-        or _backend._forced not in ("", "cpu")
-    ):
+    if _is_any_autocast_enabled() or not plain_call(x) or _backend._forced not in ("", "cpu"):
         return None
     native, dtype, shape = _native.cpu(), x.dtype, x.shape
     try:
@@ -37,7 +32,7 @@ def lean(x, weight, a, b, scale, bias, lora_bias):
         rows = x.numel() // k
         usual = (
             native is not None
-            and 0 < rows <= min(MAX_ROWS, SMALL_M[native.isa()].get(dtype, 0))
+            and 0 < rows <= SMALL_M[native.isa()].get(dtype, 0)
             and shape[-1] == k == a_k
             and b_n == n > 0
             and b_r == r <= MAX_RANK

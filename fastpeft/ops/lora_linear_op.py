@@ -23,7 +23,7 @@ def apply(x, tensors, dropout_p, seed, plain):
         flat = [t for ts in tensors for t in ts]
         if plain:
             return _PlainLoraLinear.apply(dropout_p, forced(), x, seed, *flat)
-        return _LoraLinear.apply(dropout_p, forced(), x, seed, *flat)[:-1]
+        return LoraLinear.apply(dropout_p, forced(), x, seed, *flat)[:-1]
     forward = _forward if plain else _forward_op
     return forward(x, *tensors, dropout_p, seed, forced())[0]
 
@@ -80,7 +80,7 @@ _backward_op = define(
 )
 
 
-class _LoraLinear(torch.autograd.Function):
+class LoraLinear(torch.autograd.Function):
     """apply(dropout_p, backend, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases) -> (*ys, s)"""
 
     @staticmethod
@@ -92,7 +92,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[-1])
-        _save(ctx, output[-1], *inputs)
+        save(ctx, output[-1], *inputs)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -113,10 +113,10 @@ class _PlainLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dropout_p, backend, x, seed, *flat):
         ys, s = _forward(x, *_by_kind(flat, len(flat) // 6), dropout_p, seed, backend)
-        _save(ctx, s, dropout_p, backend, x, seed, *flat)
+        save(ctx, s, dropout_p, backend, x, seed, *flat)
         return tuple(ys)
 
-    backward = _LoraLinear.backward
+    backward = LoraLinear.backward
 
 
 def _by_kind(flat, n):
@@ -124,7 +124,7 @@ def _by_kind(flat, n):
     return [list(flat[i : i + n]) for i in range(0, len(flat), n)]
 
 
-def _save(ctx, s, dropout_p, backend, x, seed, *flat):
+def save(ctx, s, dropout_p, backend, x, seed, *flat):
     n = len(flat) // 6
     ctx.set_materialize_grads(False)
     ctx.dropout_p, ctx.backend, ctx.n = dropout_p, backend, n
