@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -380,6 +381,43 @@ def test_group_with_an_unused_output(backend):
     lora_linear(alone[0], weights[1], alone[1], alone[2], bias=biases[1]).sum().backward()
     for one, two in zip((x, a[1], b[1]), alone):
         assert torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 40, 100])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("case", ["all", "a frozen", "x frozen", "one output unused"])
+def test_the_training_lane_is_the_general_path(monkeypatch, dtype, m, p, case):
+    """Bit for bit: it calls the same kernels."""
+    if fp._native.cpu() is None:
+        pytest.skip("no native module")
+    generator = torch.Generator().manual_seed(m)
+
+    def random(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x, weights, biases = random(2, m, 36), [random(20, 36), random(44, 36)], [random(20), None]
+    a = [random(3, 36, dtype=torch.float32), random(8, 36)]
+    b = [random(20, 3), random(44, 8, dtype=torch.float32)]
+    dys = [random(2, m, 20), random(2, m, 44)]
+
+    def results():
+        inputs = [t.clone().requires_grad_() for t in (x, *a, *b)]
+        for t in {"a frozen": inputs[1:2], "x frozen": inputs[:1]}.get(case, []):
+            t.requires_grad_(False)
+        x_, a_, b_ = inputs[0], inputs[1:3], inputs[3:]
+        ys = lora_linear_group(x_, weights, a_, b_, scales=[0.5, 2], biases=biases, dropout_p=p, seed=5)
+        live = [1] if case == "one output unused" else [0, 1]
+        torch.autograd.backward([ys[i] for i in live], [dys[i] for i in live])
+        return [y.detach() for y in ys] + [t.grad for t in inputs]
+
+    short = results()
+    used = []
+    monkeypatch.setattr(sys.modules["fastpeft.ops.lora_linear"], "train", lambda *args: used.append(args))
+    for got, expected in zip(short, results(), strict=True):
+        assert (got is None) == (expected is None)
+        assert got is None or torch.equal(got, expected)
+    assert used
 
 
 # ---- dropout -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..reference import lora_linear as reference
 from . import _check
 from ._backend import forced
 from ._library import plain_call
-from .lora_linear_check import Call, Optionals, Tensors, check
+from .lora_linear_check import Call, Optionals, Tensors, check, seed_tensor
 from .lora_linear_lean import constant, lean
 from .lora_linear_op import apply
 from .lora_linear_train import train
@@ -59,12 +59,12 @@ def lora_linear(
         RuntimeError: a forced backend cannot run this call (the message says why).
     """
     special = in_scale is not None or out_scale is not None or dropout_p == 1.0 or _wants_grad(scale)
-    if dropout_p == 0.0 and not special:
+    if not special:
         if torch.is_grad_enabled():
-            ys = train(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,))
+            ys = train("lora_linear", x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
             if ys is not None:
                 return ys[0]
-        else:
+        elif dropout_p == 0.0:
             y = lean(x, weight, a, b, scale, bias, lora_bias)
             if y is not None:
                 return y
@@ -111,10 +111,9 @@ def lora_linear_group(
             )
     if dropout_p == 1.0 or any(map(_wants_grad, scales)):
         return _by_definition("lora_linear_group", call)
-    if dropout_p == 0.0:
-        ys = train(x, weights, call.biases, a, b, scales, call.lora_biases)
-        if ys is not None:
-            return list(ys)
+    ys = train("lora_linear_group", x, weights, call.biases, a, b, scales, call.lora_biases, dropout_p, seed)
+    if ys is not None:
+        return list(ys)
     return _run("lora_linear_group", call)
 
 
@@ -127,7 +126,7 @@ def _run(op: str, call: Call) -> list[torch.Tensor]:
     x, adapters = call.x, zip(call.a, call.scales)
     plain = plain_call(x)
     scales = [None if a is None else _scale(scale, x, plain) for a, scale in adapters]
-    seed = _seed(op, call) if call.dropout_p else None
+    seed = seed_tensor(op, call.seed, call.x.device) if call.dropout_p else None
     return apply(x, (call.weights, call.biases, call.a, call.b, scales, call.lora_biases), call.dropout_p, seed, plain)
 
 
@@ -159,20 +158,6 @@ def _scale(scale: Any, x: torch.Tensor, plain: bool) -> torch.Tensor:
     return torch.full((), scale, dtype=wide, device=x.device)
 
 
-def _seed(op: str, call: Call) -> torch.Tensor:
-    seed, device = call.seed, call.x.device
-    if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, torch.Tensor):
-        if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
-            got = f"{seed.dtype} {list(seed.shape)} on {seed.device}"
-            _check.bad_value(op, "seed", f"an int or an int64 tensor [] on {device}", got)
-        return seed
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        _check.bad_type(op, "seed", "an int or an int64 tensor []", seed)
-    return torch.full((), seed, dtype=torch.int64, device=device)  # type: ignore[arg-type]  # a SymInt while compiling
-
-
 def _by_definition(op: str, call: Call, in_scale: Any = None, out_scale: Any = None) -> list[torch.Tensor]:
     """What only the definition under autograd does: (IA)³ scales, a trained `scale`, dropout of everything."""
     if forced() not in ("", "torch"):
@@ -184,7 +169,7 @@ def _by_definition(op: str, call: Call, in_scale: Any = None, out_scale: Any = N
     check(op, call)
     _check.vector(op, "in_scale", in_scale, call.x.shape[-1], "K", call.x)
     _check.vector(op, "out_scale", out_scale, call.weights[0].shape[0], "N", call.x)
-    seed = _seed(op, call) if call.dropout_p else None
+    seed = seed_tensor(op, call.seed, call.x.device) if call.dropout_p else None
     return [
         reference.lora_linear(
             call.x, weight, call.a[i], call.b[i], scale=call.scales[i], bias=call.biases[i], lora_bias=call.lora_biases[i],

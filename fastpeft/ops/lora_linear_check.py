@@ -85,3 +85,17 @@ def _check_adapter(op: str, x: torch.Tensor, n: int, a: Any, b: Any, scale: Any)
         _check.same_device(op, "scale", scale, x)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         _check.bad_type(op, "scale", "a number or a torch.Tensor", scale)
+
+
+def seed_tensor(op: str, seed: Any, device: torch.device) -> torch.Tensor:
+    """int64 [] on `device`; None draws one from PyTorch's generator."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, torch.Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
+            got = f"{seed.dtype} {list(seed.shape)} on {seed.device}"
+            _check.bad_value(op, "seed", f"an int or an int64 tensor [] on {device}", got)
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        _check.bad_type(op, "seed", "an int or an int64 tensor []", seed)
+    return torch.full((), seed, dtype=torch.int64, device=device)  # type: ignore[arg-type]  # a SymInt while compiling

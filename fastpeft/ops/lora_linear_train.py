@@ -12,14 +12,16 @@ import torch
 from torch._C import _is_any_autocast_enabled
 
 from .. import _native
+from ..reference.philox import keep_threshold
 from . import _backend
 from ._library import plain_call
+from .lora_linear_check import seed_tensor
 from .lora_linear_cpu import CODES, MAX_RANK, SMALL_M, check_status, matmul
 from .lora_linear_lean import constant
 from .lora_linear_op import LoraLinear, save
 
 
-def train(x, weights, biases, a, b, scales, lora_biases):
+def train(op, x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
     """-> [y_i [..., N_i]], or None where the call is not a usual one: on the CPU, contiguous, one number as each scale."""
     if (
         not torch.is_grad_enabled()
@@ -56,9 +58,12 @@ def train(x, weights, biases, a, b, scales, lora_biases):
             if not usual:
                 return None
             constants.append(constant(scale))
+        if not 0.0 <= dropout_p < 1.0:
+            return None
     except (AttributeError, IndexError, TypeError, ValueError):
         return None
-    return _Train.apply(0.0, _backend._forced, x, None, *weights, *biases, *a, *b, *constants, *lora_biases)
+    seed = seed_tensor(op, seed, x.device) if dropout_p else None
+    return _Train.apply(dropout_p, _backend._forced, x, seed, *weights, *biases, *a, *b, *constants, *lora_biases)
 
 
 class _Train(torch.autograd.Function):
@@ -69,7 +74,8 @@ class _Train(torch.autograd.Function):
         native, threads, dtype, k, count = _native.cpu(), torch.get_num_threads(), x.dtype, x.shape[-1], len(flat) // 6
         code, m = CODES[dtype], x.numel() // k
         weights, biases, a, b, scales = (flat[i : i + count] for i in range(0, 5 * count, count))
-        small = m <= SMALL_M[native.isa()][dtype]
+        small = m <= SMALL_M[native.isa()][dtype] and not dropout_p
+        mask = (keep_threshold(dropout_p), dropout_p, int(seed)) if dropout_p else (0, 0.0, 0)
         projections, total = [], 0
         for i, a_i in enumerate(a):
             r = a_i.shape[0]
@@ -79,7 +85,7 @@ class _Train(torch.autograd.Function):
         save(ctx, s, dropout_p, backend, x, seed, *flat)
         x_ptr, x2 = x.data_ptr(), x if x.dim() == 2 else x.view(m, k)
         if not small:
-            status = native.lora_linear_down(code, x_ptr, m, k, k, s.data_ptr(), total, projections, 0, 0.0, 0, threads)
+            status = native.lora_linear_down(code, x_ptr, m, k, k, s.data_ptr(), total, projections, *mask, threads)
             check_status(status, "lora_linear_down", m, k, 0, total)
         ys = []
         for (a_ptr, a_code, r, _, column, _), weight, bias, b_i, scale in zip(projections, weights, biases, b, scales):
@@ -104,14 +110,15 @@ class _Train(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
-        x, s, _, *flat = ctx.saved_tensors
+        x, s, seed, *flat = ctx.saved_tensors
         count, wanted = ctx.n, ctx.needs_input_grad
         trains_all = all(wanted[4 + 2 * count : 4 + 4 * count])
         if not trains_all or any(dy is None for dy in dys) or torch.is_grad_enabled() or not plain_call(dys[0]):
             return LoraLinear.backward(ctx, *dys)
         native, threads, (m, total), code = _native.cpu(), torch.get_num_threads(), s.shape, CODES[s.dtype]
         weights, a, b, scales = (flat[i : i + count] for i in range(0, 4 * count, count))
-        k, size = x.shape[-1], s.element_size()
+        k, size, p = x.shape[-1], s.element_size(), ctx.dropout_p
+        mask = (keep_threshold(p), p, int(seed)) if p else (0, 0.0, 0)
         t = torch.empty_strided((m, total), (total, 1), dtype=s.dtype)
         dx, das, dbs, projections, column = None, [], [], [], 0
         for i, (dy, weight, a_i, b_i, scale) in enumerate(zip(dys, weights, a, b, scales)):
@@ -130,7 +137,7 @@ class _Train(torch.autograd.Function):
             column += r
         status = native.lora_linear_grad_down(
             code, x.data_ptr(), m, k, k, 0 if dx is None else dx.data_ptr(), k, t.data_ptr(), total, projections,
-            0, 0.0, 0, threads,
+            *mask, threads,
         )  # fmt: skip
         check_status(status, "lora_linear_grad_down", m, k, 0, total)
         none = (None,) * count
