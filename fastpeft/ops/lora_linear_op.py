@@ -23,7 +23,7 @@ def apply(x, tensors, dropout_p, seed, plain):
         flat = [t for ts in tensors for t in ts]
         if plain:
             return _PlainLoraLinear.apply(dropout_p, forced(), x, seed, *flat)
-        return LoraLinear.apply(dropout_p, forced(), x, seed, *flat)[:-1]
+        return _LoraLinear.apply(dropout_p, forced(), x, seed, *flat)[:-1]
     forward = _forward if plain else _forward_op
     return forward(x, *tensors, dropout_p, seed, forced())[0]
 
@@ -80,7 +80,7 @@ _backward_op = define(
 )
 
 
-class LoraLinear(torch.autograd.Function):
+class _LoraLinear(torch.autograd.Function):
     """apply(dropout_p, backend, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases) -> (*ys, s)"""
 
     @staticmethod
@@ -96,14 +96,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        if not torch.is_grad_enabled():
-            return _gradients(ctx, grads)
-        with torch.no_grad():
-            out = _gradients(ctx, grads)
-        if not torch.compiler.is_compiling():  # create_graph=True
-            sources = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
-            out = tuple(None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out)
-        return out
+        return gradients(ctx, ctx.saved_tensors, grads)
 
 
 class _PlainLoraLinear(torch.autograd.Function):
@@ -116,7 +109,7 @@ class _PlainLoraLinear(torch.autograd.Function):
         save(ctx, s, dropout_p, backend, x, seed, *flat)
         return tuple(ys)
 
-    backward = LoraLinear.backward
+    backward = _LoraLinear.backward
 
 
 def _by_kind(flat, n):
@@ -132,9 +125,21 @@ def save(ctx, s, dropout_p, backend, x, seed, *flat):
     ctx.save_for_backward(x if trains_a else None, s, seed, *flat[:n], *flat[2 * n : 5 * n])
 
 
-def _gradients(ctx, grads):
+def gradients(ctx, saved, grads):
+    """What backward returns. saved: the saved tensors (checkpointing lets them be unpacked once only)."""
+    if not torch.is_grad_enabled():
+        return _gradients(ctx, saved, grads)
+    with torch.no_grad():
+        out = _gradients(ctx, saved, grads)
+    if not torch.compiler.is_compiling():  # create_graph=True
+        sources = [t for t in (*saved, *grads) if t is not None and t.requires_grad]
+        out = tuple(None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out)
+    return out
+
+
+def _gradients(ctx, saved, grads):
     n, dys = ctx.n, list(grads[: ctx.n])
-    x, s, seed, *flat = ctx.saved_tensors
+    x, s, seed, *flat = saved
     weights, a, b, scales = _by_kind(flat, n)
     wants_x = ctx.needs_input_grad[2]
     _, wants_bias, wants_a, wants_b, _, wants_lora_bias = _by_kind(ctx.needs_input_grad[4:], n)

@@ -18,7 +18,7 @@ from ._library import plain_call
 from .lora_linear_check import seed_tensor
 from .lora_linear_cpu import CODES, MAX_RANK, SMALL_M, check_status, matmul
 from .lora_linear_lean import constant
-from .lora_linear_op import LoraLinear, save
+from .lora_linear_op import gradients, save
 
 
 def train(op, x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
@@ -110,11 +110,11 @@ class _Train(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
-        x, s, seed, *flat = ctx.saved_tensors
-        count, wanted = ctx.n, ctx.needs_input_grad
+        saved, count, wanted = ctx.saved_tensors, ctx.n, ctx.needs_input_grad
         trains_all = all(wanted[4 + 2 * count : 4 + 4 * count])
         if not trains_all or any(dy is None for dy in dys) or torch.is_grad_enabled() or not plain_call(dys[0]):
-            return LoraLinear.backward(ctx, *dys)
+            return gradients(ctx, saved, dys)
+        x, s, seed, *flat = saved
         native, threads, (m, total), code = _native.cpu(), torch.get_num_threads(), s.shape, CODES[s.dtype]
         weights, a, b, scales = (flat[i : i + count] for i in range(0, 4 * count, count))
         k, size, p = x.shape[-1], s.element_size(), ctx.dropout_p
