@@ -58,7 +58,8 @@ def lora_linear(
         TypeError, ValueError: an argument of the wrong type, rank, shape, dtype or device; a weight that requires grad.
         RuntimeError: a forced backend cannot run this call (the message says why).
     """
-    special = in_scale is not None or out_scale is not None or dropout_p == 1.0 or _wants_grad(scale)
+    special = in_scale is not None or out_scale is not None or dropout_p == 1.0
+    special = special or (type(scale) is not float and _wants_grad(scale))  # (a call is 0.2 µs)
     if not special:
         if torch.is_grad_enabled():
             ys = train("lora_linear", x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)

@@ -54,6 +54,7 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
     small = 0 < m <= SMALL_M[native.isa()][x.dtype] and dropout_p == 0.0 and k > 0
     if not small:
         _down(native, code, x2, s, a, ranks, dropout_p, seed, threads)
+    bases = None if small else project(x2, weights, biases)
     ys, column = [], 0
     for i, weight in enumerate(weights):
         bias, lora_bias, n, r = _wide(biases[i]), _wide(lora_biases[i]), weight.shape[0], ranks[i]
@@ -70,7 +71,7 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
         else:
             if small:
                 _down(native, code, x2, s[:, column : column + r], [a[i]], [r], 0.0, None, threads)
-            y = matmul(x2, weight.t(), biases[i])
+            y = bases[i] if bases else project(x2, [weight], [biases[i]])[0]
             if r or lora_bias is not None:
                 status = native.lora_linear_up(
                     code, y.data_ptr(), m, n, n, s_i, total, r, *b_args, _ptr(lora_bias), _code(lora_bias), threads
@@ -89,14 +90,13 @@ def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a
     x2 = contiguous_rows(x) if any(needs_a) else None
     a, b = [_rows(t) for t in a], [_rows(t) for t in b]
     t = torch.empty_like(s)
-    dx, das, dbs, dbiases, projections, column = None, [], [], [], [], 0
+    live, das, dbs, dbiases, projections, column = [], [], [], [], [], 0
     for i, weight in enumerate(weights):
         n, r = weight.shape[0], 0 if a[i] is None else a[i].shape[0]
         da = db = dbias = None
         if dys[i] is not None:
             dy = contiguous_rows(dys[i])
-            if needs_x:
-                dx = matmul(dy, weight, None, dx)
+            live.append((dy, weight))
             da = torch.empty_like(a[i]) if needs_a[i] else None
             db = torch.empty_like(b[i]) if needs_b[i] else None
             dbias = s.new_empty(n, dtype=torch.float32) if needs_bias[i] else None
@@ -114,6 +114,7 @@ def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a
         dbs.append(db)
         dbiases.append(dbias)
         column += r
+    dx = combine(*zip(*live)) if needs_x else None
     if projections:
         status = native.lora_linear_grad_down(
             code, _ptr(x2), m, k, k, _ptr(dx), k, t.data_ptr(), total, projections,
@@ -137,29 +138,51 @@ def _down(native, code, x2, s, a, ranks, dropout_p, seed, threads):
         check_status(status, "lora_linear_down", *x2.shape, 0, s.shape[1])
 
 
-def matmul(x, w, bias=None, onto=None):
-    """x [M, K] @ w [K, N] (+ bias [N]) (+ onto [M, N], in place), by PyTorch's GEMM.
+def project(x, weights, biases):
+    """[x W_iᵀ + bias_i] of x [M, K], W_i [N_i, K], bias_i [N_i] or None, by PyTorch's GEMM.
 
-    Where its bf16 GEMM is slower than its fp32 one, slabs of both operands are widened to fp32: exact products, one rounding.
+    Where its bf16 GEMM is slower than its fp32 one, slabs of the operands are widened to fp32: exact products, one rounding.
     """
-    m, n = x.shape[0], w.shape[1]
-    if x.dtype != torch.bfloat16 or m < _PLANS["widen"]["min_m"] or not _slow_bf16():
-        if onto is not None:
-            return onto.addmm_(x, w)
-        return torch.mm(x, w) if bias is None else torch.addmm(bias.to(x.dtype), x, w)
-    rows, columns = _PLANS["widen"]["rows"], _PLANS["widen"]["columns"]
-    out = x.new_empty(m, n) if onto is None else onto
-    for m0 in range(0, m, rows):
-        wide = x[m0 : m0 + rows].float()
-        for n0 in range(0, n, columns):
-            slab, part = out[m0 : m0 + rows, n0 : n0 + columns], w[:, n0 : n0 + columns].float()
-            if onto is not None:
-                slab += wide @ part
-            elif bias is not None:
-                slab.copy_(torch.addmm(bias[n0 : n0 + columns].float(), wide, part))
-            else:
-                slab.copy_(wide @ part)
-    return out
+    if not _widens(x):
+        return [
+            torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
+            for w, bias in zip(weights, biases)
+        ]
+    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
+    for m in _slabs(x.shape[0], _PLANS["widen"]["rows"]):
+        wide = x[m].float()
+        for y, w, bias in zip(ys, weights, biases):
+            for n in _slabs(w.shape[0], _PLANS["widen"]["columns"]):
+                part = w[n].float().t()
+                y[m, n] = wide @ part if bias is None else torch.addmm(bias[n].float(), wide, part)
+    return ys
+
+
+def combine(dys, weights):
+    """Σ dy_i W_i [M, K] of dy_i [M, N_i], W_i [N_i, K]; as `project`."""
+    dy, w = dys[0], weights[0]
+    if not _widens(dy):
+        dx = torch.mm(dy, w)
+        for dy, w in zip(dys[1:], weights[1:]):
+            dx.addmm_(dy, w)
+        return dx
+    dx = dy.new_empty(dy.shape[0], w.shape[1])
+    for m in _slabs(dy.shape[0], _PLANS["widen"]["rows"]):
+        wide = [dy[m].float() for dy in dys]
+        for k in _slabs(w.shape[1], _PLANS["widen"]["columns"]):
+            total = wide[0] @ w[:, k].float()
+            for dy, other in zip(wide[1:], weights[1:]):
+                total.addmm_(dy, other[:, k].float())
+            dx[m, k] = total
+    return dx
+
+
+def _widens(x) -> bool:
+    return x.dtype == torch.bfloat16 and x.shape[0] >= _PLANS["widen"]["min_m"] and _slow_bf16()
+
+
+def _slabs(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from ..reference.philox import keep_threshold
 from . import _backend
 from ._library import plain_call
 from .lora_linear_check import seed_tensor
-from .lora_linear_cpu import CODES, MAX_RANK, SMALL_M, check_status, matmul
+from .lora_linear_cpu import CODES, MAX_RANK, SMALL_M, check_status, combine, project
 from .lora_linear_lean import constant
 from .lora_linear_op import gradients, save
 
@@ -87,6 +87,7 @@ class _Train(torch.autograd.Function):
         if not small:
             status = native.lora_linear_down(code, x_ptr, m, k, k, s.data_ptr(), total, projections, *mask, threads)
             check_status(status, "lora_linear_down", m, k, 0, total)
+            bases = project(x2, weights, biases)
         ys = []
         for (a_ptr, a_code, r, _, column, _), weight, bias, b_i, scale in zip(projections, weights, biases, b, scales):
             n = weight.shape[0]
@@ -99,7 +100,7 @@ class _Train(torch.autograd.Function):
                     scale.data_ptr(), 0, 0, 0, threads,
                 )  # fmt: skip
             else:
-                y = matmul(x2, weight.t(), bias)
+                y = bases[len(ys)]
                 status = native.lora_linear_up(
                     code, y.data_ptr(), m, n, n, s_ptr, total, r, b_i.data_ptr(), CODES[b_i.dtype], r,
                     scale.data_ptr(), 0, 0, 0, threads,
@@ -120,8 +121,8 @@ class _Train(torch.autograd.Function):
         k, size, p = x.shape[-1], s.element_size(), ctx.dropout_p
         mask = (keep_threshold(p), p, int(seed)) if p else (0, 0.0, 0)
         t = torch.empty_strided((m, total), (total, 1), dtype=s.dtype)
-        dx, das, dbs, projections, column = None, [], [], [], 0
-        for i, (dy, weight, a_i, b_i, scale) in enumerate(zip(dys, weights, a, b, scales)):
+        live, das, dbs, projections, column = [], [], [], [], 0
+        for i, (dy, a_i, b_i, scale) in enumerate(zip(dys, a, b, scales)):
             n, r = b_i.shape
             dy, da, db = dy.contiguous(), torch.empty_like(a_i), torch.empty_like(b_i)
             status = native.lora_linear_grad_up(
@@ -129,12 +130,12 @@ class _Train(torch.autograd.Function):
                 r, scale.data_ptr(), 0, t.data_ptr() + column * size, total, db.data_ptr(), 0, 0, threads,
             )  # fmt: skip
             check_status(status, "lora_linear_grad_up", m, k, n, r)
-            if wanted[2]:
-                dx = matmul(dy if dy.dim() == 2 else dy.view(m, n), weight, None, dx)
+            live.append(dy if dy.dim() == 2 else dy.view(m, n))
             projections.append((a_i.data_ptr(), CODES[a_i.dtype], r, k, column, i, da.data_ptr()))
             das.append(da)
             dbs.append(db)
             column += r
+        dx = combine(live, weights) if wanted[2] else None
         status = native.lora_linear_grad_down(
             code, x.data_ptr(), m, k, k, 0 if dx is None else dx.data_ptr(), k, t.data_ptr(), total, projections,
             *mask, threads,
