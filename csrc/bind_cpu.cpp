@@ -155,8 +155,8 @@ static PyObject* small(PyObject*, PyObject* const* args, Py_ssize_t count) {
 static PyMethodDef small_method = {"lora_linear_small", (PyCFunction)(void (*)(void))small, METH_FASTCALL,
                                    "Forward for few rows, base included: see csrc/lora_linear.h."};
 
-static void philox_words(int64_t seed, uint64_t start, int64_t count, uint32_t projection, Pointer out) {
-  lora_linear().philox_words((uint64_t)seed, start, count, projection, (uint32_t*)out);
+static void philox_words(int64_t seed, uint64_t row, int64_t count, uint32_t projection, Pointer out) {
+  lora_linear().philox_words((uint64_t)seed, row, count, projection, (uint32_t*)out);
 }
 
 PYBIND11_MODULE(_cpu_checked, m) {
@@ -178,7 +178,7 @@ PYBIND11_MODULE(_cpu_checked, m) {
   m.def("lora_linear_grad_down", grad_down, no_gil, "dtype"_a, "x"_a, "M"_a, "K"_a, "ldx"_a, "dx"_a, "lddx"_a, "t"_a,
         "ldt"_a, "projections"_a, "keep_threshold"_a, "p"_a, "seed"_a, "threads"_a);
   m.add_object("lora_linear_small", py::reinterpret_steal<py::object>(PyCFunction_New(&small_method, nullptr)));
-  m.def("philox_words", philox_words, no_gil, "seed"_a, "start"_a, "count"_a, "projection"_a, "out_ptr"_a);
+  m.def("philox_words", philox_words, no_gil, "seed"_a, "row"_a, "count"_a, "projection"_a, "out_ptr"_a);
 }
 
 // FASTPEFT_CPU_ISA caps the level, read once at import. It is checked here because pybind11 turns whatever its own

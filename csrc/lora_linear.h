@@ -74,8 +74,8 @@ struct LoraLinearKernels {
   int (*grad_up)(const LoraLinearGradUp&);
   int (*grad_down)(const LoraLinearGradDown&);
   int (*small)(const LoraLinearSmall&);
-  // first words of the Philox blocks of the flat indices start .. start+count-1
-  void (*philox_words)(uint64_t seed, uint64_t start, int64_t count, uint32_t projection, uint32_t* out);
+  // the random words of columns 0 .. count-1 of a row
+  void (*philox_words)(uint64_t seed, uint64_t row, int64_t count, uint32_t projection, uint32_t* out);
 };
 
 extern "C" {

@@ -145,18 +145,21 @@ def philox(counter, key):
     return c
 
 
-def first_words(seed: int, start: int, count: int, projection: int) -> np.ndarray:
-    index = np.uint64(start) + np.arange(count, dtype=np.uint64)
-    zero = np.zeros_like(index)
-    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
-    return philox([index & np.uint64(0xFFFFFFFF), index >> np.uint64(32), zero + np.uint64(projection), zero], key)[0]
+def mask_words(seed: int, rows: range, columns: int, projection: int) -> np.ndarray:
+    """[len(rows), columns]"""
+    row = np.array(rows, dtype=np.uint64)[:, None]
+    block = np.arange(-(-columns // 4), dtype=np.uint64) + np.zeros_like(row)
+    zero, low, shift = np.zeros_like(block), np.uint64(0xFFFFFFFF), np.uint64(32)
+    counter = [block, (row & low) + zero, zero + np.uint64(projection), (row >> shift) + zero]
+    words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
+    return np.stack(words, -1).reshape(len(rows), block.shape[1] * 4)[:, :columns]
 
 
 def dropped(x: torch.Tensor, p: float, seed: int, projection: int) -> torch.Tensor:
     """mask / (1 - p) [M, K], float64."""
     if p == 0:
         return torch.ones_like(x)
-    words = torch.from_numpy(first_words(seed, 0, x.numel(), projection).astype(np.int64)).view(x.shape)
+    words = torch.from_numpy(mask_words(seed, range(len(x)), x.shape[1], projection).astype(np.int64))
     return (words >= threshold(p)).double() * float(np.float32(1 / (1 - p)))
 
 
@@ -175,14 +178,14 @@ def test_philox_known_answers():
     assert [int(w) for w in philox(pi, (0xA4093822, 0x299F31D0))] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
-@pytest.mark.parametrize("start", [0, 1, 2**32 - 40, 3 * 2**32 - 5, 2**62 + 12345])
+@pytest.mark.parametrize("row", [0, 1, 2**32 - 1, 3 * 2**32, 2**62 + 12345])
 @pytest.mark.parametrize(("seed", "projection"), [(0, 0), (0x0123456789ABCDEF, 1), (-1, 2**32 - 1)])
-def test_philox_words(isa, memory, start, seed, projection):
-    for count in (1, 15, 16, 17, 100):
+def test_philox_words(isa, memory, row, seed, projection):
+    for count in (1, 3, 15, 16, 17, 32, 101):
         out = memory.empty(1, count, torch.float32).view(torch.int32)
-        native.philox_words(seed, start, count, projection, out.data_ptr())
-        expected = first_words(seed, start, count, projection).astype(np.uint32)
-        assert np.array_equal(out.numpy().view(np.uint32)[0], expected), f"{isa} from {start}, {count} words"
+        native.philox_words(seed, row, count, projection, out.data_ptr())
+        expected = mask_words(seed, range(row, row + 1), count, projection).astype(np.uint32)
+        assert np.array_equal(out.numpy().view(np.uint32), expected), f"{isa}, row {row}, {count} words"
 
 
 # ---- the passes ----

@@ -1,15 +1,15 @@
 // The element types of tensors, and what each vec_<isa>.h must offer for them (all in an anonymous namespace: each
 // instruction set's object keeps its own copy, so that none can leak into an object for older machines):
-//   W            fp32 lanes of a vector V;  MAX_VECS, ROWS_1, ROWS_2, ROWS_3: shapes of tile_gemm's register blocks;
-//                PHILOX_CHAINS: vectors of random words that are computed together
+//   W            fp32 lanes of a vector V;  MAX_VECS, ROWS_1, ROWS_2, ROWS_3: shapes of tile_gemm's register blocks
 //   V            zero() set1(f) load(p) store(p, v) store2(p, v0, v1) load_partial(p, n) store_partial(p, v, n) add mul
 //   fma(a, b, c) sum(v)
 //                (p: float*, bf16* or f16*; n in 1 .. W-1 elements, nothing beyond them is touched; other lanes load as
 //                0) transpose_block(v): W vectors as the rows of a square
-//   U            W/2 lanes of 64 bits: uset1(u) uevens() uadd mul32(a, b) (low halves) xor2 xor3
+//   U            W/2 lanes of 64 bits: uset1(u) uadd mul32(a, b) (low halves) xor2 xor3
 //                shr32(a), dup32(a) (by a shift, by a shuffle: high halves moved to the low ones)
-//   keep(even, odd, threshold, value)   V: value where the 32-bit word >= threshold, else 0
-//   words(out, even, odd)               the W words themselves
+//                ublocks(): 0 .. W/2-1 in the order of lanes that in_order expects
+//                in_order(words, c0, c1, c2, c3): words[0 .. 1], W 32-bit words each, = the low halves, block by block
+//   keep(words, threshold, value)   V: value where the word >= threshold, else 0
 #pragma once
 #include <stdint.h>
 #include <string.h>

@@ -167,10 +167,9 @@ int down(const LoraLinearDown& d) {
         float* p = sums + t.m0 * lanes;
         for (int g = 0; g < groups.count; ++g) {
           const int64_t ld = round_up(groups[g].R, W);
-          if (mask) {
-            mask.tile(masked, t, K, groups[g].first->index);
-            for (int k = 0; k < t.rows * TILE_LD; k += W) store(masked + k, mul(load(masked + k), load(tile + k)));
-          }
+          if (mask)
+            mask.tile(t, groups[g].first->index,
+                      [&](int64_t k, V keep) { store(masked + k, mul(keep, load(tile + k))); });
           tile_gemm<TILE_LD, 1>(p, lanes, mask ? masked : tile, block + t.k0 * ld, ld, t.rows, t.cols, (int)(ld / W),
                                 next);
           block += K * ld, p += ld;
@@ -377,7 +376,7 @@ int grad_down(const LoraLinearGradDown& d) {
         transpose(tt + m0 * R + r * MB, MB, t + m0 * d.t.ld + d.projections[i].column, d.t.ld, smaller(MB, M - m0),
                   d.projections[i].R);
 
-    alignas(64) float tiles[2][MB * TILE_LD], dx_tile[MB * TILE_LD], kept[MB * TILE_LD], product[MB * TILE_LD];
+    alignas(64) float tiles[2][MB * TILE_LD], dx_tile[MB * TILE_LD], masked[MB * TILE_LD], product[MB * TILE_LD];
     for (int c = omp_get_thread_num(); c < grid.cells(); c += omp_get_num_threads()) {
       const Cell cell(grid, c);
       float* g = grad + cell.row * R * ld;
@@ -403,17 +402,16 @@ int grad_down(const LoraLinearGradDown& d) {
           for (int j = 0; j < groups.count; ++j) {
             const Group group = groups[j];
             const float *l = ranks + group.offset * MB, *rows_a = a + group.offset * ld + at.k0;
-            mask.tile(kept, at, K, group.first->index);
-            if (group.wants_da) {
-              for (int k = 0; k < at.rows * TILE_LD; k += W) store(product + k, mul(load(tile + k), load(kept + k)));
-              tile_gemm<MB, 1>(g + group.offset * ld + at.k0, ld, l, product, TILE_LD, group.R, at.rows, vecs, next);
-            }
             if (wants_dx) {
               memset(product, 0, sizeof product);
               tile_gemm<1, MB>(product, TILE_LD, l, rows_a, ld, at.rows, group.R, vecs, next);
-              for (int k = 0; k < at.rows * TILE_LD; k += W)
-                store(dx_tile + k, fma(load(product + k), load(kept + k), load(dx_tile + k)));
             }
+            mask.tile(at, group.first->index, [&](int64_t k, V keep) {
+              if (group.wants_da) store(masked + k, mul(keep, load(tile + k)));
+              if (wants_dx) store(dx_tile + k, fma(keep, load(product + k), load(dx_tile + k)));
+            });
+            if (group.wants_da)
+              tile_gemm<MB, 1>(g + group.offset * ld + at.k0, ld, l, masked, TILE_LD, group.R, at.rows, vecs, next);
           }
           if (wants_dx) store_tile(out, d.dx.ld, dx_tile, at.rows, at.cols);
         }

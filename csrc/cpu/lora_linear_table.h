@@ -34,11 +34,9 @@ int small_any(const LoraLinearSmall& all) {
   return OK;
 }
 
-void philox_words(uint64_t seed, uint64_t start, int64_t count, uint32_t projection, uint32_t* out) {
-  for_each_word(seed, start, count, projection, [&](int64_t i, U even, U odd) {
-    uint32_t some[W];
-    words(some, even, odd);
-    memcpy(out + i, some, (size_t)smaller(W, count - i) * sizeof(uint32_t));
+void philox_words(uint64_t seed, uint64_t row, int64_t count, uint32_t projection, uint32_t* out) {
+  Philox(seed, projection).row(row, 0, count, [&](int64_t k, U words) {
+    memcpy(out + k, &words, (size_t)smaller(W, count - k) * sizeof(uint32_t));
   });
 }
 

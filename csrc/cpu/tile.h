@@ -226,81 +226,60 @@ void tile_gemm(C* c, int64_t ldc, const float* l, const float* b, int64_t ldb, i
 
 // ---- dropout ----
 
-// What stays the same along a row segment whose flat indices share their high word.
-struct PhiloxRow {
-  U k0[philox::ROUNDS], k1[philox::ROUNDS];  // k[1] of both folded into what follows
-  U c2_round1, c0_round2, c2_round2, c3_round2;
+// Philox's blocks for one seed and one projection, row by row.
+class Philox {
+  uint32_t key0, key1;                       // of the first round
+  U k0[philox::ROUNDS], k1[philox::ROUNDS];  // of the others
+  uint64_t m1_projection;
 
-  FP_INLINE PhiloxRow(uint64_t seed, uint32_t index_high, uint32_t projection) {
-    using namespace philox;
-    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-    // round 1, the half that no lane changes: c0' and c1'
-    const uint64_t p1 = (uint64_t)M1 * projection;
-    const uint32_t c0 = (uint32_t)(p1 >> 32) ^ index_high ^ key0, c1 = (uint32_t)p1;
-    c2_round1 = uset1(key1);  // c2' = hi(M0 * c0) ^ key1
-    key0 += W0, key1 += W1;
-    // round 2: its M0 * c0' is constant too
-    const uint64_t p0 = (uint64_t)M0 * c0;
-    c0_round2 = uset1(c1 ^ key0);                    // c0'' = hi(M1 * c2') ^ this
-    c2_round2 = uset1((uint32_t)(p0 >> 32) ^ key1);  // c2'' = c3' ^ this
-    c3_round2 = uset1((uint32_t)p0);                 // c3''
-    for (int r = 2; r < ROUNDS; ++r) {
-      key0 += W0, key1 += W1;
-      k0[r] = uset1(key0), k1[r] = uset1(key1);
-    }
+ public:
+  FP_INLINE Philox(uint64_t seed, uint32_t projection)
+      : key0((uint32_t)seed), key1((uint32_t)(seed >> 32)), m1_projection((uint64_t)philox::M1 * projection) {
+    for (uint32_t r = 1; r < philox::ROUNDS; ++r)
+      k0[r] = uset1((uint32_t)(key0 + r * philox::W0)), k1[r] = uset1((uint32_t)(key1 + r * philox::W1));
   }
 
-  // word[i] = first words, in the low halves of the lanes, of the blocks whose index's low word is the low half of
-  // low[i]. Values live in the low halves (mul32 reads only those), so lo() costs nothing and hi() is one shift or
-  // shuffle: half of each, since they use different ports (1.24 instead of 1.45 ns an element on AVX-512). The CHAINS
-  // run in lockstep: each is one long dependence.
-  template <int CHAINS>
-  FP_INLINE void words(U* word, const U* low) const {
-    const U m0 = uset1(philox::M0), m1 = uset1(philox::M1);
-    U c0[CHAINS], c1[CHAINS], c2[CHAINS], c3[CHAINS];
-#pragma GCC unroll 8
-    for (int i = 0; i < CHAINS; ++i) {
-      const U p0 = mul32(low[i], m0), p1 = mul32(xor2(shr32(p0), c2_round1), m1);
-      c0[i] = xor2(shr32(p1), c0_round2), c1[i] = p1, c2[i] = xor2(p0, c2_round2), c3[i] = c3_round2;
-    }
-#pragma GCC unroll 10
-    for (int r = 2; r < philox::ROUNDS - 2; ++r)
+  // calls f(k, words) with the words of columns first + k .. first + k + W-1 of a row, k = 0, W, 2W ... until n columns
+  // are covered; first is a multiple of 4
+  template <class F>
+  FP_INLINE void row(uint64_t m, int64_t first, int64_t n, F f) const {
+    using namespace philox;
+    // what is the same for the whole row: half of round 1, and what follows from it in round 2
+    const uint32_t c0_1 = (uint32_t)(m1_projection >> 32) ^ (uint32_t)m ^ key0, c1_1 = (uint32_t)m1_projection;
+    const uint64_t p0_2 = (uint64_t)M0 * c0_1;
+    const U from_c3 = uset1((uint32_t)(m >> 32) ^ key1), from_c1 = xor2(uset1(c1_1), k0[1]);
+    const U from_p0 = xor2(uset1(p0_2 >> 32), k1[1]), c3_2 = uset1((uint32_t)p0_2);
+    const U m0 = uset1(M0), m1 = uset1(M1);
+    // A value lies in the low half of its lane (mul32 reads no more), so that lo() costs nothing and hi() is one shift
+    // or shuffle, half of each, since they use different ports. Two chains in lockstep: each is one long dependence.
+    constexpr int CHAINS = 2;
+    for (int64_t k = 0; k < n; k += CHAINS * 2 * W) {
+      U c0[CHAINS], c1[CHAINS], c2[CHAINS], c3[CHAINS];
 #pragma GCC unroll 8
       for (int i = 0; i < CHAINS; ++i) {
-        const U p0 = mul32(c0[i], m0), p1 = mul32(c2[i], m1);
-        c0[i] = xor3(shr32(p1), c1[i], k0[r]), c1[i] = p1;
-        c2[i] = xor3(dup32(p0), c3[i], k1[r]), c3[i] = p0;
+        const U block = uadd(uset1((uint64_t)(first + k) / 4 + i * W / 2), ublocks());
+        const U p0 = mul32(block, m0), p1 = mul32(xor2(shr32(p0), from_c3), m1);
+        c0[i] = xor2(shr32(p1), from_c1), c1[i] = p1, c2[i] = xor2(p0, from_p0), c3[i] = c3_2;
       }
+#pragma GCC unroll 10
+      for (int r = 2; r < ROUNDS; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < CHAINS; ++i) {  // round 9: its c0 and c3 go nowhere; round 10: only c0 is wanted
-      const U p0 = mul32(c0[i], m0), p1 = mul32(c2[i], m1);
-      const U last = mul32(xor3(shr32(p0), c3[i], k1[philox::ROUNDS - 2]), m1);
-      word[i] = xor3(shr32(last), p1, k0[philox::ROUNDS - 1]);
+        for (int i = 0; i < CHAINS; ++i) {
+          const U p0 = mul32(c0[i], m0), p1 = mul32(c2[i], m1);
+          c0[i] = xor3(shr32(p1), c1[i], k0[r]), c1[i] = p1;
+          c2[i] = xor3(dup32(p0), c3[i], k1[r]), c3[i] = p0;
+        }
+#pragma GCC unroll 8
+      for (int i = 0; i < CHAINS; ++i) {
+        const int64_t at = k + i * 2 * W;
+        U words[2];
+        in_order(words, c0[i], c1[i], c2[i], c3[i]);
+        if (at < n) f(at, words[0]);
+        if (at + W < n) f(at + W, words[1]);
+      }
     }
   }
 };
-
-// calls f(i, even, odd) with the words of the flat indices start+i .. start+i+W-1, for i from 0 in steps of W until n
-// is covered; where the high word of the index changes, i goes back to the first index that has the new one
-template <class F>
-FP_INLINE void for_each_word(uint64_t seed, uint64_t start, int64_t n, uint32_t projection, F f) {
-  for (int64_t done = 0; done < n;) {
-    const uint64_t index = start + (uint64_t)done;
-    const int64_t run = smaller(n - done, (int64_t)((1ull << 32) - (uint32_t)index));
-    const PhiloxRow row(seed, (uint32_t)(index >> 32), projection);
-    U low[PHILOX_CHAINS], word[PHILOX_CHAINS];
-    for (int c = 0; c < PHILOX_CHAINS; ++c) low[c] = uadd(uset1(index + c / 2 * W + c % 2), uevens());
-    for (int64_t i = 0; i < run; i += PHILOX_CHAINS / 2 * W) {
-      row.words<PHILOX_CHAINS>(word, low);
-#pragma GCC unroll 8
-      for (int c = 0; c < PHILOX_CHAINS; ++c) low[c] = uadd(low[c], uset1(PHILOX_CHAINS / 2 * W));
-#pragma GCC unroll 4
-      for (int c = 0; c < PHILOX_CHAINS / 2; ++c)
-        if (c == 0 || i + c * W < run) f(done + i + c * W, word[2 * c], word[2 * c + 1]);
-    }
-    done += run;
-  }
-}
 
 struct Keep {
   uint64_t seed;
@@ -311,16 +290,15 @@ struct Keep {
       : seed(d.seed), threshold(d.keep_threshold), value(d.p < 1.0 ? (float)(1.0 / (1.0 - d.p)) : 0.0f) {}
   explicit operator bool() const { return threshold != 0; }
 
-  // mask[m, k] = keep ? 1/(1-p) : 0 for the flat indices (m0+m) * K + k0 + k of a tile
-  void tile(float* mask, TileAt at, int64_t K, uint32_t projection) const {
+  // calls f(i, mask) with i = m * TILE_LD + k, mask = keep ? 1/(1-p) : 0 for the W elements m, k .. k+W-1 of a tile
+  template <class F>
+  FP_INLINE void tile(TileAt at, uint32_t projection, F f) const {
     const uint32_t t = threshold >> 32 ? 0xffffffffu : (uint32_t)threshold;  // p = 1 keeps nothing: value is 0
     const float v = threshold >> 32 ? 0.0f : value;
-    for (int m = 0; m < at.rows; ++m) {
-      float* out = mask + m * TILE_LD;
-      const uint64_t start = (uint64_t)((at.m0 + m) * K + at.k0);
-      for_each_word(seed, start, at.cols, projection,
-                    [&](int64_t i, U even, U odd) { store(out + i, keep(even, odd, t, v)); });
-    }
+    const Philox philox(seed, projection);
+    for (int m = 0; m < at.rows; ++m)
+      philox.row((uint64_t)(at.m0 + m), at.k0, at.cols,
+                 [&](int64_t k, U words) { f(m * TILE_LD + k, keep(words, t, v)); });
   }
 };
 

@@ -10,7 +10,6 @@ using V = __m256;
 using U = __m256i;
 constexpr int W = 8;
 constexpr int MAX_VECS = 3;  // 16 registers: 4 rows x 3 vectors
-constexpr int PHILOX_CHAINS = 2;
 constexpr int ROWS_1 = 8, ROWS_2 = 4, ROWS_3 = 4;
 
 FP_INLINE V zero() { return _mm256_setzero_ps(); }
@@ -89,20 +88,22 @@ FP_INLINE void transpose_block(V* r) {
 
 FP_INLINE U uset1(uint64_t u) { return _mm256_set1_epi64x((long long)u); }
 FP_INLINE U uadd(U a, U b) { return _mm256_add_epi64(a, b); }
-FP_INLINE U uevens() { return _mm256_set_epi64x(6, 4, 2, 0); }
+FP_INLINE U ublocks() { return _mm256_set_epi64x(3, 1, 2, 0); }
 FP_INLINE U mul32(U a, U b) { return _mm256_mul_epu32(a, b); }
 FP_INLINE U shr32(U a) { return _mm256_srli_epi64(a, 32); }
 FP_INLINE U dup32(U a) { return _mm256_shuffle_epi32(a, 0xF5); }
 FP_INLINE U xor2(U a, U b) { return _mm256_xor_si256(a, b); }
 FP_INLINE U xor3(U a, U b, U c) { return xor2(xor2(a, b), c); }
 
-// the low halves of even and odd, interleaved: W words in order
-FP_INLINE __m256i interleave(U even, U odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
-FP_INLINE V keep(U even, U odd, uint32_t threshold, float value) {
-  const __m256i u = interleave(even, odd);  // unsigned u >= threshold: max(u, threshold) == u
-  const __m256i kept = _mm256_cmpeq_epi32(_mm256_max_epu32(u, _mm256_set1_epi32((int)threshold)), u);
+// lanes [low half of a, low half of b]
+FP_INLINE U pair(U a, U b) { return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xAA); }
+FP_INLINE void in_order(U* words, U c0, U c1, U c2, U c3) {
+  words[0] = _mm256_unpacklo_epi64(pair(c0, c1), pair(c2, c3));
+  words[1] = _mm256_unpackhi_epi64(pair(c0, c1), pair(c2, c3));
+}
+FP_INLINE V keep(U words, uint32_t threshold, float value) {  // unsigned w >= threshold: max(w, threshold) == w
+  const __m256i kept = _mm256_cmpeq_epi32(_mm256_max_epu32(words, _mm256_set1_epi32((int)threshold)), words);
   return _mm256_and_ps(_mm256_castsi256_ps(kept), set1(value));
 }
-FP_INLINE void words(uint32_t* out, U even, U odd) { _mm256_storeu_si256((__m256i*)out, interleave(even, odd)); }
 
 }  // namespace

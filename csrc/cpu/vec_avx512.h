@@ -12,7 +12,6 @@ using V = __m512;
 using U = __m512i;
 constexpr int W = 16;
 constexpr int MAX_VECS = 6;  // 32 registers: 4 rows x 6 vectors, 8 x 3, 16 x 1
-constexpr int PHILOX_CHAINS = 4;
 constexpr int ROWS_1 = 16, ROWS_2 = 8, ROWS_3 = 8;
 
 FP_INLINE V zero() { return _mm512_setzero_ps(); }
@@ -91,21 +90,21 @@ FP_INLINE void transpose_block(V* r) {
 
 FP_INLINE U uset1(uint64_t u) { return _mm512_set1_epi64((long long)u); }
 FP_INLINE U uadd(U a, U b) { return _mm512_add_epi64(a, b); }
-FP_INLINE U uevens() { return _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0); }
+FP_INLINE U ublocks() { return _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0); }
 FP_INLINE U mul32(U a, U b) { return _mm512_mul_epu32(a, b); }
 FP_INLINE U shr32(U a) { return _mm512_srli_epi64(a, 32); }
 FP_INLINE U dup32(U a) { return _mm512_shuffle_epi32(a, (_MM_PERM_ENUM)0xF5); }
 FP_INLINE U xor2(U a, U b) { return _mm512_xor_si512(a, b); }
 FP_INLINE U xor3(U a, U b, U c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 
-// the low halves of even and odd, interleaved: W words in order
-FP_INLINE __m512i interleave(U even, U odd) {
-  return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, (_MM_PERM_ENUM)0xA0);
+// lanes [low half of a, low half of b]
+FP_INLINE U pair(U a, U b) { return _mm512_mask_shuffle_epi32(a, 0xAAAA, b, (_MM_PERM_ENUM)0xA0); }
+FP_INLINE void in_order(U* words, U c0, U c1, U c2, U c3) {
+  words[0] = _mm512_unpacklo_epi64(pair(c0, c1), pair(c2, c3));
+  words[1] = _mm512_unpackhi_epi64(pair(c0, c1), pair(c2, c3));
 }
-FP_INLINE V keep(U even, U odd, uint32_t threshold, float value) {
-  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(interleave(even, odd), _mm512_set1_epi32((int)threshold)),
-                             set1(value));
+FP_INLINE V keep(U words, uint32_t threshold, float value) {
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(words, _mm512_set1_epi32((int)threshold)), set1(value));
 }
-FP_INLINE void words(uint32_t* out, U even, U odd) { _mm512_storeu_si512(out, interleave(even, odd)); }
 
 }  // namespace

@@ -8,7 +8,6 @@ typedef float V __attribute__((vector_size(16)));
 typedef uint64_t U __attribute__((vector_size(16)));
 constexpr int W = 4;
 constexpr int MAX_VECS = 3;
-constexpr int PHILOX_CHAINS = 2;
 constexpr int ROWS_1 = 8, ROWS_2 = 4, ROWS_3 = 4;
 
 FP_INLINE V set1(float f) { return V{f, f, f, f}; }
@@ -96,7 +95,7 @@ FP_INLINE void transpose_block(V* r) {
 
 FP_INLINE U uset1(uint64_t u) { return U{u, u}; }
 FP_INLINE U uadd(U a, U b) { return a + b; }
-FP_INLINE U uevens() { return U{0, 2}; }
+FP_INLINE U ublocks() { return U{0, 1}; }
 FP_INLINE U mul32(U a, U b) {
   return U{(uint64_t)(uint32_t)a[0] * (uint32_t)b[0], (uint64_t)(uint32_t)a[1] * (uint32_t)b[1]};
 }
@@ -105,14 +104,14 @@ FP_INLINE U dup32(U a) { return shr32(a); }
 FP_INLINE U xor2(U a, U b) { return a ^ b; }
 FP_INLINE U xor3(U a, U b, U c) { return a ^ b ^ c; }
 
-FP_INLINE void words(uint32_t* out, U even, U odd) {
-  for (int i = 0; i < 2; ++i) out[2 * i] = (uint32_t)even[i], out[2 * i + 1] = (uint32_t)odd[i];
+FP_INLINE void in_order(U* words, U c0, U c1, U c2, U c3) {
+  for (int i = 0; i < 2; ++i) words[i] = U{(uint32_t)c0[i] | c1[i] << 32, (uint32_t)c2[i] | c3[i] << 32};
 }
-FP_INLINE V keep(U even, U odd, uint32_t threshold, float value) {
-  uint32_t u[W];
-  words(u, even, odd);
+FP_INLINE V keep(U words, uint32_t threshold, float value) {
+  uint32_t w[W];
+  memcpy(w, &words, sizeof w);
   V v;
-  for (int i = 0; i < W; ++i) v[i] = u[i] >= threshold ? value : 0.0f;
+  for (int i = 0; i < W; ++i) v[i] = w[i] >= threshold ? value : 0.0f;
   return v;
 }
 

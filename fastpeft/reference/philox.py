@@ -15,10 +15,15 @@ _MASK32 = 0xFFFFFFFF
 
 
 def words(seed: torch.Tensor, shape: tuple[int, ...], projection: int = 0) -> torch.Tensor:
-    """First word of each block, int64 in [0, 2^32). Key: seed (low, high); counter: (index low, high, projection, 0)."""
-    index = torch.arange(math.prod(shape), dtype=torch.int64, device=seed.device)
-    c0, c1 = index & _MASK32, index >> 32
-    c2, c3 = torch.full_like(index, projection), torch.zeros_like(index)
+    """A word for each element of a matrix [..., K], int64 in [0, 2^32).
+
+    Key: seed (low, high). Counter: (column // 4, row low, projection, row high); the element's word is the one numbered
+    column % 4 of the block's four.
+    """
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    row = torch.arange(rows, dtype=torch.int64, device=seed.device)[:, None]
+    c0 = torch.arange((columns + 3) // 4, dtype=torch.int64, device=seed.device).expand(rows, -1)
+    c1, c2, c3 = row & _MASK32, torch.full_like(c0, projection), row >> 32
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
         p0, p1 = c0 * _M0, c2 * _M1  # mod 2^64; the shifts below read both halves as unsigned
@@ -29,7 +34,7 @@ def words(seed: torch.Tensor, shape: tuple[int, ...], projection: int = 0) -> to
             p0 & _MASK32,
         )
         k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
-    return c0.view(shape)
+    return torch.stack((c0, c1, c2, c3), -1).flatten(1)[:, :columns].reshape(shape)
 
 
 def keep_threshold(p: float) -> int:
