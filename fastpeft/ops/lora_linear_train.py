@@ -88,7 +88,7 @@ class _Train(torch.autograd.Function):
             status = native.lora_linear_down(code, x_ptr, m, k, k, s.data_ptr(), total, projections, *mask, threads)
             check_status(status, "lora_linear_down", m, k, 0, total)
             bases = project(x2, weights, biases)
-        ys = []
+        ys: list[torch.Tensor] = []
         for (a_ptr, a_code, r, _, column, _), weight, bias, b_i, scale in zip(projections, weights, biases, b, scales):
             n = weight.shape[0]
             s_ptr = s.data_ptr() + column * s.element_size()
