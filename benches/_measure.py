@@ -112,10 +112,16 @@ class Samples:
     seconds: dict[str, list[float]]
     rounds: int = 0  # all rounds, dropped ones too
     delay_known: bool = True
+    dropped: dict[str, list[float]] = field(default_factory=dict)  # the other rounds': no verdict rests on them
 
     @property
     def kept(self) -> int:
         return min((len(v) for v in self.seconds.values()), default=0)
+
+    def all_rounds(self) -> Samples:
+        """Dropped rounds too: what to show where nothing else is left, beside the words "too noisy"."""
+        seconds = {name: times + self.dropped.get(name, []) for name, times in self.seconds.items()}
+        return Samples(seconds, self.rounds, self.delay_known)
 
     def times(self, name: str) -> np.ndarray:
         return np.asarray(self.seconds[name], dtype=np.float64)
@@ -140,8 +146,11 @@ class Samples:
         return min(names, key=self.median)
 
     def as_json(self) -> dict[str, object]:
-        seconds = {k: [float(f"{t:.5g}") for t in v] for k, v in self.seconds.items()}
-        return {"seconds": seconds, "rounds": self.rounds, "kept": self.kept, "delay_known": self.delay_known}
+        seconds, dropped = (
+            {k: [float(f"{t:.5g}") for t in v] for k, v in times.items()} for times in (self.seconds, self.dropped)
+        )
+        about = {"rounds": self.rounds, "kept": self.kept, "delay_known": self.delay_known}
+        return {"seconds": seconds, **about, **({"dropped": dropped} if self.dropped and not self.kept else {})}
 
     @staticmethod
     def from_json(data: Mapping[str, object]) -> Samples:
@@ -149,6 +158,7 @@ class Samples:
             {k: list(v) for k, v in data["seconds"].items()},  # type: ignore[attr-defined]
             int(data["rounds"]),  # type: ignore[call-overload]
             bool(data["delay_known"]),
+            {k: list(v) for k, v in data.get("dropped", {}).items()},  # type: ignore[attr-defined]
         )
 
 
@@ -223,11 +233,11 @@ class Rounds:
         self.samples.rounds += 1
         if before is None or after is None:
             self.samples.delay_known = False
-        elif after - before > DELAY_LIMIT * length:
-            return False
+        kept = before is None or after is None or after - before <= DELAY_LIMIT * length
+        into = self.samples.seconds if kept else self.samples.dropped
         for name, seconds in took.items():
-            self.samples.seconds[name].append(seconds)
-        return True
+            into.setdefault(name, []).append(seconds)
+        return kept
 
 
 def paired(

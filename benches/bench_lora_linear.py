@@ -345,7 +345,8 @@ def summary(
     smallest = min((float(samples.overhead(n).median) for n in rivals), default=0.0)
     result["validity"] = list(validity(samples, smallest))
     targets = []
-    for limit in (*case.limits, Limit("time", BEST, NEVER_SLOWER)):
+    never_slower = () if case.isa else (Limit("time", BEST, NEVER_SLOWER),)  # PyTorch's own kernels are not capped
+    for limit in (*case.limits, *never_slower):
         peer = best if limit.peer == BEST else limit.peer
         if peer not in rivals:
             continue

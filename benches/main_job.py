@@ -192,14 +192,15 @@ def step(
         if tick is not None:
             tick()
     samples = rounds.samples
+    shown = samples if samples.kept else samples.all_rounds()
     name = f"{label} training step B={ids.shape[0]} S={ids.shape[1]}, all linear, r={RANK}"
     dtype = next(base.parameters()).dtype
-    floor = lora_flops(models[OURS], ids.numel()) / _machine.matmul_rate(dtype, device) / samples.median(FROZEN)
+    floor = lora_flops(models[OURS], ids.numel()) / _machine.matmul_rate(dtype, device) / shown.median(FROZEN)
     targets = []
     for peer, limit in ((PEFT, 0.2), (COMPOSITION, 0.7)):
-        overhead = samples.overhead(peer).median
+        overhead = shown.overhead(peer).median
         state = validity(samples, limit * overhead)
-        ratio = samples.overhead_ratio(OURS, peer)
+        ratio = shown.overhead_ratio(OURS, peer)
         bound = FLOOR_ROOM * floor / overhead if overhead > 0 else None
         targets.append(target(f"{name}: overhead over {peer}'s", limit, ratio, state, bound).as_json())
     peers = (PEFT, PEFT_LOW, COMPOSITION)
@@ -207,12 +208,12 @@ def step(
         "kind": "step",
         "key": name,
         "samples": samples.as_json(),
-        "overhead": {way: samples.overhead(way).as_json() for way in (*peers, OURS)},
-        "overhead_ratio": {way: samples.overhead_ratio(OURS, way).as_json() for way in peers},
-        "time": {way: samples.ratio(OURS, way).as_json() for way in peers},
+        "overhead": {way: shown.overhead(way).as_json() for way in (*peers, OURS)},
+        "overhead_ratio": {way: shown.overhead_ratio(OURS, way).as_json() for way in peers},
+        "time": {way: shown.ratio(OURS, way).as_json() for way in peers},
         "floor_overhead": floor,
-        "aa": samples.ratio(AGAIN, FROZEN).as_json(),
-        "validity": list(validity(samples, samples.overhead(PEFT).median)),
+        "aa": shown.ratio(AGAIN, FROZEN).as_json(),
+        "validity": list(validity(samples, shown.overhead(PEFT).median)),
         "targets": targets,
     }
 

@@ -383,6 +383,17 @@ def test_group_with_an_unused_output(backend):
         assert torch.equal(one.grad, two.grad)
 
 
+@pytest.mark.parametrize("m", [3, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_the_inference_lane_is_the_general_path(monkeypatch, dtype, m):
+    inputs = {name: t.detach() for name, t in problem(m, 70, 45, 6, dtype, lead=(m // 3, 3)).items()}
+    short = lora_linear(**inputs, scale=0.75)
+    used = []
+    monkeypatch.setattr(sys.modules["fastpeft.ops.lora_linear"], "lean", lambda *args: used.append(args))
+    assert torch.equal(short, lora_linear(**inputs, scale=0.75)) and used
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 40, 100])
 @pytest.mark.parametrize("p", [0.0, 0.25])
