@@ -41,7 +41,7 @@ ISA_FLAGS = {
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Machine code for A100 and H100, PTX for what comes between and after them.
 NVCC_FLAGS = (
-    "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -gencode arch=compute_80,code=sm_80 "
+    "-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden -gencode arch=compute_80,code=sm_80 "
     "-gencode arch=compute_80,code=compute_80 -gencode arch=compute_90a,code=sm_90a"
 )
 

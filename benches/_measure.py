@@ -248,13 +248,15 @@ def paired(
     warm: int = 3,
     sample: float = 0.004,
     device: str = "cpu",
+    timer: Timer | None = None,
     tick: Callable[[], object] | None = None,
 ) -> Samples:
     """Rounds over `functions` for `seconds` (at least 3 rounds, at most `most` kept ones).
 
+    timer: how a sample is taken; default, wall time on the CPU and device time on a GPU.
     sample: the least seconds one sample takes; quick functions are called several times for it, all the same number.
     """
-    timer = timer_for(device)
+    timer = timer or timer_for(device)
     for function in functions.values():
         for _ in range(warm):
             function()

@@ -34,6 +34,15 @@ def why_not_cpu() -> str | None:
     return _load("_cpu")[1]
 
 
+def cuda() -> Any:
+    """The native CUDA module, or None where there is none (`why_not_cuda` tells why: the triton backend takes over)."""
+    return _load("_cuda")[0]
+
+
+def why_not_cuda() -> str | None:
+    return _load("_cuda")[1]
+
+
 def is_built(name: str) -> bool:
     """Whether a compiled module `fastpeft_kernels.<name>` lies in that package's folder, whether or not it loads."""
     kernels = importlib.util.find_spec("fastpeft_kernels")
@@ -50,16 +59,42 @@ def warn_if_missing() -> None:
         warnings.warn(f"fastpeft runs on its torch backend alone: {reason}", RuntimeWarning, stacklevel=3)
 
 
+def triton(stem: str) -> Any:
+    """The launchers of an op's Triton kernels, or None (`why_not_triton` tells why). Imports triton when first asked."""
+    return _load_triton(stem)[0]
+
+
+def why_not_triton() -> str | None:
+    return _load_triton("lora_linear")[1]
+
+
 @functools.cache
-def _load(name: str) -> tuple[ModuleType | None, str | None]:
+def _load_triton(stem: str) -> tuple[ModuleType | None, str | None]:
+    if importlib.util.find_spec("triton") is None:
+        return None, "triton is not installed (it comes with PyTorch's CUDA builds)"
+    reason = _package()[1]
+    return (None, reason) if reason else (importlib.import_module(f"fastpeft_kernels.{stem}_launch"), None)
+
+
+@functools.cache
+def _package() -> tuple[Path, str | None]:
+    """The folder of fastpeft_kernels, built from the same sources, or why there is none."""
     try:
         kernels = importlib.import_module("fastpeft_kernels")
     except ModuleNotFoundError as error:
         if error.name != "fastpeft_kernels":
             raise
-        return None, f"the package fastpeft_kernels is not installed; {_how_to_install()}."
-    expected, folder = _build.package_id(_PACKAGE), Path(kernels.__path__[0])
-    _same_build("the package fastpeft_kernels", folder, _build.package_id(folder), expected)
+        return Path(), f"the package fastpeft_kernels is not installed; {_how_to_install()}."
+    folder = Path(kernels.__path__[0])
+    _same_build("the package fastpeft_kernels", folder, _build.package_id(folder), _build.package_id(_PACKAGE))
+    return folder, None
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    folder, reason = _package()
+    if reason:
+        return None, reason
     if not is_built(name):
         return None, (
             f"there is no compiled fastpeft_kernels.{name} for this Python in {folder} "
@@ -69,7 +104,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module(f"fastpeft_kernels.{name}")
     except ImportError as error:
         return None, f"the compiled fastpeft_kernels.{name} does not load here ({error}); {_how_to_install()}."
-    _same_build(f"the compiled module fastpeft_kernels.{name}", folder, module.build_id, expected)
+    _same_build(f"the compiled module fastpeft_kernels.{name}", folder, module.build_id, _build.package_id(_PACKAGE))
     return module, None
 
 

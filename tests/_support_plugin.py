@@ -3,8 +3,9 @@
     @pytest.mark.verifies("lora_linear", "forward", "backward", backend="cpu", dtype="float32")
 
 A test marked so stands for those cells: op × feature × backend × dtype. `backend` and `dtype` default to the test's
-parameters of the same name (a backend may be "cpu-avx2": backend and instruction set; a dtype may be torch's own);
-each may be a list. A cell is verified if every test that stands for it passed and at least one ran.
+parameters of the same name (a backend may be "cpu-avx2", backend and instruction set, or "triton@cuda", a backend on a
+GPU; a dtype may be torch's own); each may be a list. A cell is verified if every test that stands for it passed and at
+least one ran.
 
 `pytest --record-support tests/support.jsonl` writes the cells of this machine at this commit.
 """
@@ -24,6 +25,11 @@ from fastpeft import _machine, _support
 
 # A change elsewhere (README, results) leaves a commit's verification valid.
 SOURCES = ("csrc", "fastpeft", "kernels", "tests", "setup.py")
+# Without a GPU: the kernels are compiled for it, and run by other means.
+NO_GPU = {
+    "triton": "no GPU yet: compiled, run in Triton's interpreter",
+    "cuda": "no GPU yet: compiled, run in emulation",
+}
 _OUTCOMES = pytest.StashKey[dict[_support.Cell, set[str]]]()
 
 
@@ -77,9 +83,12 @@ def cells(item: pytest.Item) -> Iterator[_support.Cell]:
             known = ", ".join(_support.FEATURES)
             raise pytest.UsageError(f"{item.nodeid}: verifies(op, *features) knows {known}; got {features}")
         for feature, backend, dtype in itertools.product(features, *map(_as_list, values.values())):
-            name, _, isa = backend.partition("-")
-            on_gpu = name in ("triton", "cuda") or str(params.get("device", "cpu")).startswith("cuda")
-            machine = torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else _machine.cpu_class()
+            name, _, device = backend.partition("@")
+            name, _, isa = name.partition("-")
+            if torch.cuda.is_available() and (device or item.get_closest_marker("gpu")):
+                machine = torch.cuda.get_device_name()
+            else:
+                machine = NO_GPU.get(name) or _machine.cpu_class()
             yield _support.Cell(op, name, isa, str(dtype).removeprefix("torch."), feature, machine)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import pytest
 import torch
 
@@ -9,6 +12,12 @@ import fastpeft
 from fastpeft import _native
 
 pytest_plugins = ["_support_plugin"]
+
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined
+    import _triton_interpreter  # noqa: F401
 
 
 def cpu_levels() -> list[str]:
@@ -18,12 +27,20 @@ def cpu_levels() -> list[str]:
 
 
 BACKENDS = ["torch", *(f"cpu-{level}" for level in cpu_levels())]
+if HAS_TRITON and not HAS_GPU:
+    BACKENDS.append("triton")  # in its interpreter
+ON_GPU = [pytest.param(f"{name}@cuda", marks=pytest.mark.gpu) for name in ("torch", "triton")]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=BACKENDS + ON_GPU)
 def backend(request):
-    """Forces one backend, and one instruction set of the native CPU code."""
-    name, _, level = request.param.partition("-")
+    """Forces one backend, and one instruction set of the native CPU code; `@cuda`: tensors are made on the GPU."""
+    name, _, device = request.param.partition("@")
+    name, _, level = name.partition("-")
+    if device:
+        with torch.device(device), fastpeft.backend(name):
+            yield request.param
+        return
     native = _native.cpu()
     before = native.isa() if native else None
     if level:

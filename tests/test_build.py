@@ -61,7 +61,7 @@ def test_module_of_other_sources_is_refused(monkeypatch):
 def test_kernel_package_of_another_install_is_refused(monkeypatch):
     monkeypatch.setattr(_native._build, "package_id", lambda package: package.name)
     with pytest.raises(ImportError, match="id fastpeft, but the package fastpeft_kernels in .* has fastpeft_kernels"):
-        _native._load.__wrapped__("_cpu")
+        _native._package.__wrapped__()
 
 
 def test_a_clone_beside_installed_kernels_of_other_sources_does_not_import(tmp_path):

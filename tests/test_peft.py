@@ -26,6 +26,7 @@ from _peft import (
     runs,
     tokens,
 )
+from conftest import BACKENDS, ON_GPU
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
@@ -44,9 +45,12 @@ def reasons(report) -> str:
     return "\n".join(row.reason for row in report.layers if row.path == "peft")
 
 
+BUT_INTERPRETED = [name for name in BACKENDS if name != "triton"] + ON_GPU  # 7 s a model there
+
 # ---- results -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", BUT_INTERPRETED, indirect=True)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_float32_models(kind, backend):
     fast, report, plain = pair(kind)
@@ -56,6 +60,7 @@ def test_float32_models(kind, backend):
     assert_same_results(got, runs(plain), runs(double(plain)))
 
 
+@pytest.mark.parametrize("backend", BUT_INTERPRETED, indirect=True)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_bfloat16_models_with_float32_adapters(kind, backend):
     fast, report, plain = pair(kind, dtype=torch.bfloat16)

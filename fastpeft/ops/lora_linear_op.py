@@ -6,11 +6,12 @@ Everything is a group of projections that read one x; a single layer is a group 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
 from ..reference import lora_linear as reference
-from . import lora_linear_cpu
+from . import lora_linear_cpu, lora_linear_gpu
 from ._backend import Backend, choose, forced
 from ._library import define, plain_call
 
@@ -28,8 +29,14 @@ def apply(x, tensors, dropout_p, seed, plain):
     return forward(x, *tensors, dropout_p, seed, forced())[0]
 
 
+def _gpu(can, passes):
+    return Backend(can, partial(lora_linear_gpu.forward, passes), partial(lora_linear_gpu.backward, passes))
+
+
 BACKENDS = {
     "cpu": Backend(can=lora_linear_cpu.can, forward=lora_linear_cpu.forward, backward=lora_linear_cpu.backward),
+    "cuda": _gpu(lora_linear_gpu.can_cuda, lora_linear_gpu.cuda_passes),
+    "triton": _gpu(lora_linear_gpu.can_triton, lora_linear_gpu.triton_passes),
     "torch": Backend(can=lambda meta: None, forward=reference.forward, backward=reference.backward),
 }
 

@@ -1,0 +1,280 @@
+"""Compiles every Triton kernel ahead of time, as the launchers would start it on an A100 and an H100; needs no GPU.
+
+    python -m benches.aot            # prints the table
+    python -m benches.aot --write    # and rewrites benches/COMPILED.md
+
+Kernels are found by running each op's backend on a few shapes with Triton's launch replaced by compilation: what is
+compiled is what would run, specialised on the same alignments. Registers, spills and shared memory come from ptxas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 turns it off unless told
+
+TARGETS = {80: (108, 166912), 90: (132, 232448)}  # compute capability: multiprocessors, shared memory a program may use
+CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+TABLE = Path(__file__).with_name("COMPILED.md")
+SASS = {"wgmma": "HGMMA", "mma": "HMMA", "TMA loads": "UTMALDG", "local": r"\b(?:LDL|STL)\b"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel in one configuration on one target."""
+
+    kernel: str
+    config: str
+    target: str
+    warps: int
+    registers: int
+    spills: int  # bytes stored
+    shared: int  # bytes
+    counts: tuple[int | str, ...]  # of SASS
+
+    def row(self) -> str:
+        cells = (
+            self.kernel,
+            self.config,
+            self.target,
+            self.warps,
+            self.registers,
+            self.spills,
+            self.shared,
+            *self.counts,
+        )
+        return f"| {' | '.join(map(str, cells))} |"
+
+
+HEAD = ("kernel", "configuration", "target", "warps", "registers", "spilled bytes", "shared bytes", *SASS)
+
+
+class _NoGpu:
+    """What compiling asks of Triton's driver."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # Triton caches kernels by device: targets must differ
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+
+@contextlib.contextmanager
+def compiling(capability: int, launchers: Any) -> Iterator[list[tuple[str, str, Any]]]:
+    """Inside, every launch of a Triton kernel compiles it instead, and is listed as (kernel, configuration, binary)."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    found: list[tuple[str, str, Any]] = []
+    run, saved = JITFunction.run, (launchers.capability, launchers.multiprocessors)
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        binary = run(self, *args, grid=grid, warmup=True, **kwargs)
+        shown = {
+            k: v
+            for k, v in kwargs.items()
+            if k.isupper() and k not in ("M", "C", "K", "J", "N", "R", "TOTAL", "PROGRAMS")
+        }
+        shown |= {"num_stages": kwargs.get("num_stages", "")}
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "bfloat16"
+        config = f"{dtype} " + " ".join(f"{k}={v}" for k, v in shown.items())
+        found.append((self.fn.__name__, config.replace("|", "/"), binary))
+
+    triton.runtime.driver.set_active(_NoGpu(capability))
+    JITFunction.run = compile_only
+    launchers.capability = lambda device: divmod(capability, 10)
+    launchers.multiprocessors = lambda device: TARGETS[capability][0]
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+        launchers.capability, launchers.multiprocessors = saved
+
+
+def report(kernel: str, config: str, binary: Any, capability: int) -> Compiled:
+    """Registers, spills and instruction counts of one compiled kernel."""
+    import triton
+
+    compiler = sys.modules["triton.backends.nvidia.compiler"]
+    tools = triton.knobs.nvidia
+    ptxas = compiler.get_ptxas(capability) if hasattr(compiler, "get_ptxas") else tools.ptxas
+    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(binary.asm["ptx"])
+        said = subprocess.run(
+            [ptxas.path, "-v", f"--gpu-name={arch}", ptx, "-o", os.devnull], capture_output=True, text=True, check=True
+        ).stderr
+        cubin.write_bytes(binary.asm["cubin"])
+        sass = subprocess.run([tools.nvdisasm.path, "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+    def number(pattern: str) -> int:
+        match = re.search(pattern, said)
+        return int(match[1]) if match else 0
+
+    counts = tuple(len(re.findall(pattern, sass)) for pattern in SASS.values())
+    return Compiled(
+        kernel, config, arch, binary.metadata.num_warps, number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes spill stores"), binary.metadata.shared, counts,
+    )  # fmt: skip
+
+
+def lora_linear() -> None:
+    """Every path of the op: dtypes, dropout, a group, both plans, weights that TMA can and cannot read."""
+    from fastpeft.ops import lora_linear_gpu as op
+
+    fused = {"float32": 1, "bfloat16": 1, "float16": 1}
+    for plan in ({}, fused):
+        op._fused_from.cache_clear()
+        op._PLANS["fused_from_m"] = {"interpreter": plan}
+        for dtype in (torch.bfloat16, torch.float32):
+            for k, n, r, p in ((512, 1024, 16, 0.0), (512, 1024, 16, 0.1), (510, 1022, 16, 0.0), (512, 1024, 128, 0.0)):
+                x, dy = torch.empty(1024, k, dtype=dtype), torch.empty(1024, n, dtype=dtype)
+                weight, bias = torch.empty(n, k, dtype=dtype), torch.empty(n, dtype=dtype)
+                a, b, scale, seed = torch.empty(r, k), torch.empty(n, r), torch.ones(()), torch.tensor(1)
+                for count in (1, 3) if (k, r) == (512, 16) else (1,):
+                    whole = (
+                        [weight] * count,
+                        [bias] * count,
+                        [a] * count,
+                        [b] * count,
+                        [scale] * count,
+                        [None] * count,
+                    )
+                    ys, s = op.forward(op.triton_passes, x, *whole, p, seed)
+                    yes = [True] * count
+                    op.backward(
+                        op.triton_passes, [dy] * count, x, s, *whole[:1], *whole[2:5], p, seed, True, yes, yes, yes
+                    )
+
+
+def cuda_kernels(capability: int) -> list[Compiled]:
+    """The kernels of csrc/cuda, by nvcc; empty where there is none."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return []
+    found, arch = [], f"sm_{capability}{'a' if capability >= 90 else ''}"
+    code = f"-gencode=arch=compute_{arch[3:]},code={arch}"
+    for source in sorted(CUDA.glob("*.cu")):
+        command = [nvcc, "-std=c++17", "-O3", code, "-cubin", "-Xptxas", "-v", str(source), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = subprocess.run(["c++filt", "-p"], input=said, capture_output=True, text=True, check=True).stdout
+        entry = r"Compiling entry function '(.+?)' for.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+        for name, spills, registers in re.findall(entry, said, re.DOTALL):
+            kernel, of = re.search(r"(\w+)(?:<(.+)>)?$", name).groups()
+            found.append(
+                Compiled(
+                    f"CUDA {kernel}",
+                    of or "",
+                    arch,
+                    4,
+                    int(registers),
+                    int(spills),
+                    0,
+                    ("-",) * len(SASS),
+                )
+            )
+    return found
+
+
+def broken(found: Iterable[Compiled]) -> list[str]:
+    """What breaks a bound: shared memory of the target, a spill on sm_90a, a TMA GEMM without wgmma or TMA loads."""
+    said = []
+    for c in found:
+        limit = TARGETS[int(c.target[3:5])][1]
+        if c.shared > limit:
+            said.append(f"{c.kernel} {c.config}, {c.target}: {c.shared} bytes of shared memory, {limit} are there")
+        if c.spills and c.target == "sm_90a":
+            said.append(f"{c.kernel} {c.config}, {c.target}: {c.spills} bytes spilled")
+        wgmma, _, tma, _ = c.counts
+        if "DESCRIPTORS=True" in c.config and not (tma and (wgmma or "float32" in c.config)):
+            said.append(f"{c.kernel} {c.config}, {c.target}: {wgmma} wgmma, {tma} TMA loads")
+    return said
+
+
+def read_table() -> list[Compiled]:
+    """The rows of the committed table."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in TABLE.read_text().splitlines()
+        if "sm_" in line
+    ]
+    return [
+        Compiled(*r[:3], *map(int, r[3:7]), tuple(int(n) if n.isdigit() else n for n in r[7:]))  # type: ignore[arg-type]
+        for r in rows
+    ]
+
+
+def compile_all(capabilities: Iterable[int] = TARGETS) -> list[Compiled]:
+    from fastpeft import _native
+
+    launchers = _native.triton("lora_linear")
+    if launchers is None:
+        raise SystemExit(_native.why_not_triton())
+    found = []
+    for capability in capabilities:
+        with compiling(capability, launchers) as kernels:
+            lora_linear()
+        unique = {(name, config): binary for name, config, binary in kernels}
+        found += [report(name, config, binary, capability) for (name, config), binary in unique.items()]
+        found += cuda_kernels(capability)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"rewrite {TABLE.name}")
+    parser.add_argument(
+        "--target", type=int, choices=TARGETS, action="append", help="compute capability (default: all)"
+    )
+    options = parser.parse_args()
+    import triton
+
+    rows = [
+        f"| {' | '.join(HEAD)} |",
+        f"|{'---|' * len(HEAD)}",
+        *(c.row() for c in compile_all(options.target or TARGETS)),
+    ]
+    text = (
+        f"Compiled by Triton {triton.__version__}; generated by `python -m benches.aot --write`.\n\n"
+        + "\n".join(rows)
+        + "\n"
+    )
+    print(text)
+    if options.write:
+        TABLE.write_text(text)
+    said = broken(found)
+    print(*said, sep="\n", file=sys.stderr)
+    return 1 if said and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
