@@ -255,6 +255,7 @@ def main() -> int:
     parser.add_argument(
         "--target", type=int, choices=TARGETS, action="append", help="compute capability (default: all)"
     )
+    parser.add_argument("--check", action="store_true", help="exit code 1 if a kernel breaks a bound")
     options = parser.parse_args()
     import triton
 
