@@ -62,10 +62,13 @@ def diagnose() -> dict[str, Any]:
         "cpu_module_missing": _native.why_not_cpu(),
         "cpu_module_isas": list(native.isas()) if native else [],
         "cpu_module_isa": native.isa() if native else None,
+        "cuda_module": _native.cuda().__file__ if _native.cuda() else None,
+        "cuda_module_missing": _native.why_not_cuda(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FASTPEFT_")},
         "backends": ops.backends(),
         "extras_missing": {extra: _missing(extra) for extra in EXTRAS},
-        "broken": native is None and _native.is_built("_cpu"),
+        "broken": (native is None and _native.is_built("_cpu"))
+        or (_native.cuda() is None and _native.is_built("_cuda")),
     }
 
 
@@ -86,6 +89,7 @@ def _as_text(found: dict[str, Any]) -> str:
     else:
         kernels = f"{'BROKEN' if found['broken'] else 'missing'}: {found['cpu_module_missing']}"
     rows.append(("cpu kernels", kernels))
+    rows.append(("cuda kernels", "built" if found["cuda_module"] else f"missing: {found['cuda_module_missing']}"))
     for op, backends in found["backends"].items():
         usable = [name for name, reason in backends.items() if reason is None]
         reasons = {name: reason for name, reason in backends.items() if reason}

@@ -9,8 +9,9 @@ __all__ = ["backends", "lora_linear", "lora_linear_group"]
 
 
 def backends() -> dict[str, dict[str, str | None]]:
-    """For each op and backend: None where a bfloat16 CPU call could run, else the reason why not."""
+    """For each op and backend: None where a bfloat16 call could run, on the GPU if there is one, else the reason why not."""
     import torch
 
-    x, a, b = torch.empty(1, 16, dtype=torch.bfloat16), torch.empty(1, 16), torch.empty(16, 1)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        x, a, b = torch.empty(1, 16, dtype=torch.bfloat16), torch.empty(1, 16), torch.empty(16, 1)
     return {"lora_linear": {name: backend.can((x, [a], [b])) for name, backend in BACKENDS.items()}}
