@@ -292,7 +292,8 @@ def memory(
 
     def one(way: str) -> dict[str, Any]:
         arguments = [way, where, str(dtype).removeprefix("torch."), device, json.dumps(ids.tolist())]
-        command = [sys.executable, "-m", __name__, *arguments]
+        # -P: not the folder that one happens to stand in, such as a clone beside an installed fastpeft
+        command = [sys.executable, "-P", "-m", __name__, *arguments]
         try:
             run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=WORKER_SECONDS)
         except subprocess.TimeoutExpired:

@@ -231,6 +231,22 @@ def test_saved_bytes_count_a_storage_once_and_leave_parameters_out():
     assert saved_bytes(lambda: (x @ w, x.view(4, 8) ** 2), [w]) == 8 * 4 * 4
 
 
+def test_a_memory_worker_does_not_import_from_the_folder_that_it_runs_in(monkeypatch, tmp_path):
+    """The README's command stands in a clone, beside the installed package."""
+    import torch
+
+    from benches import main_job
+
+    for package in ("fastpeft", "benches"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="no model") as failure:  # it got as far as loading that
+        main_job.memory("no model", ids, dtype=torch.float32, device="cpu", ways=("PEFT",))
+    assert "wrong package" not in str(failure.value)
+
+
 def test_a_memory_worker_that_hangs_is_stopped_and_the_error_says_what_to_do(monkeypatch):
     import torch
 

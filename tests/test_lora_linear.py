@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _close import assert_close
+from conftest import BUT_INTERPRETED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -142,6 +143,7 @@ def test_any_shape(backend, m, k, n, r, dtype, p):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", BUT_INTERPRETED, indirect=True)
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     m=st.integers(1, 300),

@@ -26,7 +26,7 @@ from _peft import (
     runs,
     tokens,
 )
-from conftest import BACKENDS, ON_GPU
+from conftest import BUT_INTERPRETED
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
@@ -44,8 +44,6 @@ def paths(report) -> set[str]:
 def reasons(report) -> str:
     return "\n".join(row.reason for row in report.layers if row.path == "peft")
 
-
-BUT_INTERPRETED = [name for name in BACKENDS if name != "triton"] + ON_GPU  # 7 s a model there
 
 # ---- results -------------------------------------------------------------------------------------
 
