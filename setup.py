@@ -146,7 +146,19 @@ def ninja_file(name: str, files: list[str], out: Path, compiler: str, cuda: tupl
 
 
 class NinjaBuildExt(build_ext):
-    """Runs ninja in build/native (kept between runs: only what changed is compiled), then puts the module in place."""
+    """Runs ninja in build/native (kept between runs: only what changed is compiled), then puts the module in place.
+
+    Both modules at a time: the CUDA one is a single file, which would leave a core idle.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or 2
+
+    def run(self) -> None:
+        if self.extensions:
+            pybind11_headers()
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         import fcntl
@@ -162,7 +174,7 @@ class NinjaBuildExt(build_ext):
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(ninja_file(name, ext.sources, out, compiler, cuda))
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        with open(ROOT / out / "lock", "w") as lock:
+        with open(ROOT / out / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second install from this folder waits for the first
             ran = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-f", script, "-j", jobs], cwd=ROOT)
         if ran.returncode:
