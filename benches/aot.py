@@ -238,7 +238,7 @@ def compile_all(capabilities: Iterable[int] = TARGETS) -> list[Compiled]:
 
     launchers = _native.triton("lora_linear")
     if launchers is None:
-        raise SystemExit(_native.why_not_triton())
+        raise SystemExit(_native.why_not_triton("lora_linear"))
     found = []
     for capability in capabilities:
         with compiling(capability, launchers) as kernels:

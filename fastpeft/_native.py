@@ -64,8 +64,8 @@ def triton(stem: str) -> Any:
     return _load_triton(stem)[0]
 
 
-def why_not_triton() -> str | None:
-    return _load_triton("lora_linear")[1]
+def why_not_triton(stem: str) -> str | None:
+    return _load_triton(stem)[1]
 
 
 @functools.cache

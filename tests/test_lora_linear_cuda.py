@@ -1,6 +1,6 @@
 """The CUDA C++ passes of lora_linear where there is no GPU: compiled for the CPU on tests/cuda/emulate.h, and run.
 
-On a GPU the numeric tests run by the parameter `cuda@cuda` of the fixture `backend`, and these do not.
+With `cuda@cuda` the numeric tests run on a GPU, on the module that was built for it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ SHAPES = [  # M, K, N, R
 ]
 
 
-@pytest.fixture(params=["cuda"])
+@pytest.fixture(params=["cuda", pytest.param("cuda@cuda", marks=pytest.mark.gpu)])
 def backend(request, monkeypatch):
+    if request.param == "cuda@cuda":
+        with torch.device("cuda"), fp.backend("cuda"):
+            yield request.param
+        return
     module = _cuda_emulation.module()
     monkeypatch.setattr(_native, "cuda", lambda: module)
     forward, backward = (
@@ -83,6 +87,7 @@ def test_group(backend, p, ranks):
         assert (got - expected).double().norm() <= 2**-6 * expected.double().norm()
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @pytest.mark.parametrize("k", [64, 61])
 def test_reads_and_writes_stay_inside(backend, k):
     """Every operand ends at a page that may not be touched; gaps between rows are NaN and stay what they were."""

@@ -127,7 +127,7 @@ def test_past_int32(plan):
 
 
 def test_memory_is_what_the_result_needs(plan):
-    """Beyond its results a step keeps partial sums alone: under a tenth of them at this size."""
+    """Beyond its results a step keeps partial sums alone: under a quarter of them at this size."""
     inputs = layer(m=4096, k=2048, ns=(2048, 2048))
     results = sum(t.numel() * t.element_size() for t in step(*inputs))
     torch.cuda.synchronize()

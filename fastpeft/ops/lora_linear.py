@@ -4,7 +4,7 @@
 
 Here: the public functions and the way to the registered op in `lora_linear_op.py` (schema, fake, autograd, the table of
 backends), past the checks in `lora_linear_check.py`. Then: `lora_linear_cpu.py` and `csrc/cpu/lora_linear_kernels.h`, or
-`reference/lora_linear.py`. The usual calls take short ways with the same results: inference on few rows
+`reference/lora_linear.py`. The usual calls take short ways with the same results: inference
 (`lora_linear_lean.py`) and training (`lora_linear_train.py`).
 """
 

@@ -26,11 +26,17 @@ SMALL_M = {isa: {getattr(torch, dtype): m for dtype, m in by.items()} for isa, b
 
 
 def can(meta) -> str | None:
-    x, a, b = meta
+    x = meta[0]
     if _native.cpu() is None:
         return _native.why_not_cpu()
     if x.device.type != "cpu":
         return f"tensors are on {x.device}"
+    return unfit(meta)
+
+
+def unfit(meta) -> str | None:
+    """Why no native kernel, of this backend or a GPU's, takes these dtypes and ranks; None if it does."""
+    x, a, b = meta
     if x.dtype not in CODES:
         return f"x is {x.dtype}, not among float32, bfloat16, float16"
     for a_i, b_i in zip(a, b):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from .. import _native
+from .lora_linear_cpu import CODES, _ptr, _stride
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK_M, BLOCK_K, BLOCK_C = 64, 64, 128  # as in csrc/cuda/lora_linear.cu
 
 
@@ -185,14 +185,6 @@ def _drop(p: float, seed) -> tuple[int, int, float]:
 
 def _matrix(t) -> tuple[int, int, int]:
     return (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), CODES[t.dtype])
-
-
-def _ptr(t) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _stride(scale) -> int:
-    return 0 if scale is None or scale.dim() == 0 else scale.stride(0)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -19,10 +19,8 @@ import torch.nn.functional as F
 
 from .. import _native
 from ..reference.lora_linear import leading_shape
-from . import lora_linear_cuda
+from . import lora_linear_cpu, lora_linear_cuda
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_RANK = 512
 _PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["triton"]
 
 
@@ -36,7 +34,7 @@ def can_cuda(meta) -> str | None:
         return "x is torch.float32: it takes bfloat16 and float16"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it takes GPUs from compute capability 8.0 on"
-    return _can(meta)
+    return lora_linear_cpu.unfit(meta)
 
 
 def can_triton(meta) -> str | None:
@@ -44,24 +42,10 @@ def can_triton(meta) -> str | None:
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors are on {x.device}"
     if _native.triton("lora_linear") is None:
-        return _native.why_not_triton()
+        return _native.why_not_triton("lora_linear")
     if len({t.dtype for t in a if t is not None}) > 1:
         return "the a of a group differ in dtype"
-    return _can(meta)
-
-
-def _can(meta) -> str | None:
-    x, a, b = meta
-    if x.dtype not in DTYPES:
-        return f"x is {x.dtype}, not among float32, bfloat16, float16"
-    for a_i, b_i in zip(a, b):
-        if a_i is None:
-            continue
-        if a_i.dtype not in DTYPES or b_i.dtype not in DTYPES:
-            return f"a is {a_i.dtype} and b {b_i.dtype}: it takes float32, bfloat16 and float16"
-        if a_i.shape[0] > MAX_RANK:
-            return f"a and b have rank {a_i.shape[0]}: it takes up to {MAX_RANK}"
-    return None
+    return lora_linear_cpu.unfit(meta)
 
 
 def cuda_passes():
