@@ -1,6 +1,7 @@
 """What only a CUDA GPU can show of lora_linear: graphs, streams, devices, no synchronisation, sizes past 2^31.
 
-The numeric tests run there too, by the parameters `torch@cuda` and `triton@cuda` of the fixture `backend`.
+The numeric tests run there too, by the parameters `torch@cuda` and `triton@cuda` of the fixture `backend` (those of the
+CUDA C++ passes: `cuda@cuda` in test_lora_linear_cuda.py).
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ import fastpeft as fp
 from fastpeft.ops import lora_linear, lora_linear_gpu, lora_linear_group
 
 pytestmark = pytest.mark.gpu
-PLANS = {"torch's GEMM": {}, "fused": {"float32": 1, "bfloat16": 1, "float16": 1}}
+FUSED_FROM = {"torch's GEMM": {}, "fused": {"float32": 1, "bfloat16": 1, "float16": 1}}
 
 
-@pytest.fixture(params=PLANS)
-def plan(request, monkeypatch):
-    monkeypatch.setattr(lora_linear_gpu, "_fused_from", lambda device: PLANS[request.param])
-    with fp.backend("triton"):
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    with fp.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=FUSED_FROM)
+def plan(request, backend, monkeypatch):
+    if backend == "cuda" and request.param == "fused":
+        pytest.skip("the CUDA C++ passes stand around PyTorch's GEMM alone")
+    monkeypatch.setattr(lora_linear_gpu, "_fused_from", lambda device: FUSED_FROM[request.param])
 
 
 def layer(m=300, k=512, ns=(384, 128), r=16, dtype=torch.bfloat16, device="cuda"):
@@ -47,7 +54,7 @@ def test_bitwise_equal_twice(plan):
     assert_same(step(*inputs), step(*inputs))
 
 
-@pytest.mark.verifies("lora_linear_group", "graph", backend="triton", dtype="bfloat16")
+@pytest.mark.verifies("lora_linear_group", "graph", dtype="bfloat16")
 def test_graph_replay(plan):
     inputs = layer()
     side = torch.cuda.Stream()
@@ -98,7 +105,7 @@ def test_no_synchronisation(plan):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.verifies("lora_linear", "compile", backend="triton", dtype="bfloat16")
+@pytest.mark.verifies("lora_linear", "compile", dtype="bfloat16")
 def test_compile(plan):
     x, (weight, _), (a, _), (b, _), (dy, _) = layer()
 
