@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from . import nn, ops
 from ._native import warn_if_missing
 from .ops._backend import backend
+from .weight4bit import Weight4bit
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .interop.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["apply", "backend", "nn", "ops", "revert"]
+__all__ = ["Weight4bit", "apply", "backend", "nn", "ops", "revert"]
 
 warn_if_missing()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from .linear4bit import quantize_4bit
 from .lora_linear import lora_linear, lora_linear_group
 from .lora_linear_op import BACKENDS
 
-__all__ = ["backends", "lora_linear", "lora_linear_group"]
+__all__ = ["backends", "lora_linear", "lora_linear_group", "quantize_4bit"]
 
 
 def backends() -> dict[str, dict[str, str | None]]:

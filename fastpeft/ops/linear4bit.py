@@ -1,0 +1,57 @@
+"""linear4bit: a frozen linear layer whose weight is stored in 4 bits, y = x Wᵀ + bias, and quantize_4bit, which makes the weight.
+
+A 4-bit base is one more kind of weight of `lora_linear`: the call goes its way (`lora_linear_op.py`), without an adapter. The
+kernels: `linear4bit_cpu.py` and `csrc/cpu/linear4bit_kernels.h`, or `reference/linear4bit.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..reference import linear4bit as reference
+from ..weight4bit import BLOCKSIZES, QUANT_TYPES, Weight4bit
+from . import _check
+
+
+def quantize_4bit(
+    w: torch.Tensor, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False
+) -> Weight4bit:
+    """A weight in 4 bits, the same bytes and scales as bitsandbytes makes on w's device (Dettmers et al. 2023, section 3).
+
+    Args:
+        w: [N, K], float32, bfloat16 or float16, finite.
+        quant_type: "nf4" (quantiles of a normal distribution) or "fp4" (1 sign, 2 exponent, 1 mantissa bit).
+        blocksize: consecutive weights that share a scale: a power of two from 32 to 4096.
+        double_quant: store the scales themselves in 8 bits (4.127 instead of 4.5 bits a weight at blocksize 64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or dtype; NaN or Inf in w.
+    """
+    op = "quantize_4bit"
+    if not isinstance(w, torch.Tensor):
+        _check.bad_type(op, "w", "a torch.Tensor", w)
+    if w.dim() != 2:
+        _check.bad_value(op, "w", "[N, K]", list(w.shape))
+    if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        _check.bad_value(op, "w", "float32, bfloat16 or float16", w.dtype)
+    if quant_type not in QUANT_TYPES:
+        _check.bad_value(op, "quant_type", "'nf4' or 'fp4'", repr(quant_type))
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        _check.bad_value(op, "blocksize", "a power of two from 32 to 4096", repr(blocksize))
+    if not torch.isfinite(w).all():
+        _check.bad_value(op, "w", "finite", "NaN or Inf in it")
+    data, scales = reference.quantize(w, quant_type, blocksize)
+    nested = offset = None
+    if double_quant and scales.numel():
+        scales, nested, offset = reference.quantize_absmax(scales)
+    n, k = w.shape
+    return Weight4bit(data, scales, nested, offset, (n, k), w.dtype, quant_type, blocksize).tile()
+
+
+def dequantize(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
+    """[N, K] of `dtype`, on the weight's device."""
+    native = weight.untile()
+    absmax = native.scales
+    if native.nested_absmax is not None:
+        absmax = reference.dequantize_absmax(native.scales, native.nested_absmax, native.offset)
+    return reference.dequantize(native.data, absmax, weight.shape, weight.quant_type, weight.blocksize, dtype)
