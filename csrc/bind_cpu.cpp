@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "linear4bit.h"
 #include "lora_linear.h"
 
 #ifndef FASTPEFT_BUILD_ID
@@ -38,20 +39,28 @@ static void set_isa_by_name(const std::string& text) {
   set_isa(isa);
 }
 
-static const LoraLinearKernels& lora_linear() {
+// The table of the instruction set in use.
+template <class Table>
+static const Table& table(const Table& scalar, [[maybe_unused]] const Table& avx2, [[maybe_unused]] const Table& avx512,
+                          [[maybe_unused]] const Table& avx512bf16) {
   switch (current_isa()) {
-#ifdef __x86_64__
     case Isa::AVX512BF16:
-      return lora_linear_avx512bf16;
+      return avx512bf16;
     case Isa::AVX512:
-      return lora_linear_avx512;
+      return avx512;
     case Isa::AVX2:
-      return lora_linear_avx2;
-#endif
+      return avx2;
     default:
-      return lora_linear_scalar;
+      return scalar;
   }
 }
+#ifdef __x86_64__
+#define FASTPEFT_TABLE(op) table(op##_scalar, op##_avx2, op##_avx512, op##_avx512bf16)
+#else
+#define FASTPEFT_TABLE(op) table(op##_scalar, op##_scalar, op##_scalar, op##_scalar)
+#endif
+static const LoraLinearKernels& lora_linear() { return FASTPEFT_TABLE(lora_linear); }
+static const Linear4bitKernels& linear4bit() { return FASTPEFT_TABLE(linear4bit); }
 
 using Pointer = uintptr_t;
 
@@ -122,38 +131,76 @@ static int grad_down(int dtype, Pointer x, int64_t M, int64_t K, int64_t ldx, Po
                                   threads});
 }
 
-// lora_linear_small(dtype, x, M, K, ldx, w, ldw, N, bias, bias_dtype, y, ldy, s, lds, R, a, a_dtype, lda, b, b_dtype,
-// ldb, scale, scale_stride, lora_bias, lora_bias_dtype, threads) -> status: 26 ints, positional. Bound by hand, because
-// on tiny inputs pybind11's conversions were half of the call (2.2 us; 1.0 us this way).
-static PyObject* small(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t COUNT = 26;
+// Ops of few rows are bound by hand, all arguments ints by position: on tiny inputs pybind11's conversions were half of
+// the call (2.2 us; 1.0 us this way).
+template <int COUNT, class Kernel>
+static PyObject* call_with_ints(const char* name, PyObject* const* args, Py_ssize_t count, Kernel kernel) {
   int64_t v[COUNT];
-  if (count != COUNT) return PyErr_Format(PyExc_TypeError, "lora_linear_small takes %zd ints, got %zd", COUNT, count);
-  for (Py_ssize_t i = 0; i < COUNT; ++i) {
+  if (count != COUNT) return PyErr_Format(PyExc_TypeError, "%s takes %d ints, got %zd", name, COUNT, count);
+  for (int i = 0; i < COUNT; ++i) {
     v[i] = PyLong_AsLongLong(args[i]);
     if (v[i] == -1 && PyErr_Occurred()) return nullptr;
   }
-  const int dtype = (int)v[0];
-  const LoraLinearSmall call = {v[2],
-                                v[3],
-                                v[7],
-                                v[14],
-                                matrix(v[1], v[4], dtype),
-                                matrix(v[5], v[6], dtype),
-                                matrix(v[10], v[11], dtype),
-                                matrix(v[12], v[13], dtype),
-                                matrix(v[15], v[17], (int)v[16]),
-                                matrix(v[18], v[20], (int)v[19]),
-                                scale_of(v[21], v[22]),
-                                vector(v[8], (int)v[9]),
-                                vector(v[23], (int)v[24]),
-                                (int)v[25]};
   int status;
-  Py_BEGIN_ALLOW_THREADS status = lora_linear().small(call);
+  Py_BEGIN_ALLOW_THREADS status = kernel(v);
   Py_END_ALLOW_THREADS return PyLong_FromLong(status);
 }
-static PyMethodDef small_method = {"lora_linear_small", (PyCFunction)(void (*)(void))small, METH_FASTCALL,
-                                   "Forward for few rows, base included: see csrc/lora_linear.h."};
+
+// lora_linear_small(dtype, x, M, K, ldx, w, ldw, N, bias, bias_dtype, y, ldy, s, lds, R, a, a_dtype, lda, b, b_dtype,
+// ldb, scale, scale_stride, lora_bias, lora_bias_dtype, threads) -> status
+static PyObject* small(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call_with_ints<26>("lora_linear_small", args, count, [](const int64_t* v) {
+    const int dtype = (int)v[0];
+    return lora_linear().small(
+        {v[2], v[3], v[7], v[14], matrix(v[1], v[4], dtype), matrix(v[5], v[6], dtype), matrix(v[10], v[11], dtype),
+         matrix(v[12], v[13], dtype), matrix(v[15], v[17], (int)v[16]), matrix(v[18], v[20], (int)v[19]),
+         scale_of(v[21], v[22]), vector(v[8], (int)v[9]), vector(v[23], (int)v[24]), (int)v[25]});
+  });
+}
+
+// N, K, blocksize, tiled, data, scales, nested_absmax, offset, codebook, map
+static Weight4bit weight4bit(const int64_t* v) {
+  return {v[0],
+          v[1],
+          v[2],
+          (int)v[3],
+          (const uint8_t*)v[4],
+          (const void*)v[5],
+          (const float*)v[6],
+          (const float*)v[7],
+          (const float*)v[8],
+          (const float*)v[9]};
+}
+
+// linear4bit_small(dtype, x, M, ldx, the weight's 10, bias, bias_dtype, y, ldy, s, lds, R, a, a_dtype, lda, b, b_dtype,
+// ldb, scale, scale_stride, lora_bias, lora_bias_dtype, threads) -> status
+static PyObject* small_4bit(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call_with_ints<32>("linear4bit_small", args, count, [](const int64_t* v) {
+    const int dtype = (int)v[0];
+    return linear4bit().small({weight4bit(v + 4), v[2], v[20], matrix(v[1], v[3], dtype), matrix(v[16], v[17], dtype),
+                               matrix(v[18], v[19], dtype), matrix(v[21], v[23], (int)v[22]),
+                               matrix(v[24], v[26], (int)v[25]), scale_of(v[27], v[28]), vector(v[14], (int)v[15]),
+                               vector(v[29], (int)v[30]), (int)v[31]});
+  });
+}
+
+// linear4bit_dequantize(dtype, out, ld, the weight's 10, n0, n1, k0, k1, threads) -> status
+static PyObject* dequantize_4bit(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call_with_ints<18>("linear4bit_dequantize", args, count, [](const int64_t* v) {
+    return linear4bit().dequantize(
+        {weight4bit(v + 3), v[13], v[14], v[15], v[16], matrix(v[1], v[2], (int)v[0]), (int)v[17]});
+  });
+}
+
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+static PyMethodDef fast_method(const char* name, FastCall call, const char* doc) {
+  return {name, (PyCFunction)(void (*)(void))call, METH_FASTCALL, doc};
+}
+static PyMethodDef FAST_METHODS[] = {
+    fast_method("lora_linear_small", small, "Forward for few rows, base included: see csrc/lora_linear.h."),
+    fast_method("linear4bit_small", small_4bit, "Forward for few rows: see csrc/linear4bit.h."),
+    fast_method("linear4bit_dequantize", dequantize_4bit, "Rows and columns of the weight: see csrc/linear4bit.h."),
+};
 
 static void philox_words(int64_t seed, uint64_t row, int64_t count, uint32_t projection, Pointer out) {
   lora_linear().philox_words((uint64_t)seed, row, count, projection, (uint32_t*)out);
@@ -177,7 +224,8 @@ PYBIND11_MODULE(_cpu_checked, m) {
         "dbias_dtype"_a, "threads"_a);
   m.def("lora_linear_grad_down", grad_down, no_gil, "dtype"_a, "x"_a, "M"_a, "K"_a, "ldx"_a, "dx"_a, "lddx"_a, "t"_a,
         "ldt"_a, "projections"_a, "keep_threshold"_a, "p"_a, "seed"_a, "threads"_a);
-  m.add_object("lora_linear_small", py::reinterpret_steal<py::object>(PyCFunction_New(&small_method, nullptr)));
+  for (PyMethodDef& method : FAST_METHODS)
+    m.add_object(method.ml_name, py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr)));
   m.def("philox_words", philox_words, no_gil, "seed"_a, "row"_a, "count"_a, "projection"_a, "out_ptr"_a);
 }
 

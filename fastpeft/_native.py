@@ -11,11 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  first: the compiled module must find torch's OpenMP runtime, not bring in a second one
+import torch  # first: the compiled module must find torch's OpenMP runtime, not bring in a second one
 
 from . import _build
 
 _PACKAGE = Path(__file__).parent
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/tensor.h numbers them
 
 
 @functools.cache

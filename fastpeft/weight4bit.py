@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -87,9 +87,11 @@ class Weight4bit:
 
         return dequantize(self, dtype or self.dtype)
 
-    def to(self, device: torch.device | str) -> Weight4bit:
-        """On another device; on the CPU in tiles."""
-        device = torch.device(device)
+    def to(self, target: torch.device | str | torch.dtype) -> Weight4bit:
+        """On another device (on the CPU in tiles), or for x of another dtype: the stored bytes stay as they are."""
+        if isinstance(target, torch.dtype):
+            return self if target == self.dtype else replace(self, dtype=target)
+        device = torch.device(target)
         if device == self.device:
             return self
         native = self.untile()
@@ -138,7 +140,7 @@ class Weight4bit:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, torch.Tensor], prefix: str = "weight") -> Weight4bit:
-        """From the keys that `state_dict`, bitsandbytes and transformers write; the tensors are kept, not copied, where possible.
+        """From the keys that `state_dict`, bitsandbytes and transformers write; the tensors are kept, not copied.
 
         Raises:
             ValueError: a key is missing, a length does not fit the shape, or the quantisation is none that is known. The
@@ -160,6 +162,50 @@ def _untile(t: torch.Tensor, n: int, unit: int) -> torch.Tensor:
     whole = t.numel() // n * rows
     body = t[:whole].view(rows // TILE_ROWS, -1, TILE_ROWS, unit).transpose(1, 2)
     return torch.cat([body.reshape(-1), t[whole:]])
+
+
+# ---- as flat tensors and ints, for the registered op and autograd ----
+
+_FORM = 6  # ints a weight: N, K, blocksize, nf4 or fp4, dtype, tiled; zeros for a dense one
+_DTYPE_LIST = list(DTYPES.values())
+
+
+def split(
+    weights: Sequence[torch.Tensor | Weight4bit],
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[int]]:
+    """-> a tensor a weight, three more a weight (scales, nested absmax, offset) and the forms; both empty if all are dense"""
+    if not any(isinstance(w, Weight4bit) for w in weights):
+        return list(weights), [], []  # type: ignore[arg-type]
+    tensors, quants, forms = [], [], []
+    for w in weights:
+        if isinstance(w, Weight4bit):
+            data, *rest = w.tensors()
+            kind = QUANT_TYPES.index(w.quant_type), _DTYPE_LIST.index(w.dtype)
+            forms += [*w.shape, w.blocksize, *kind, int(w.tiled)]
+        else:
+            data, rest = w, [None, None, None]
+            forms += [0] * _FORM
+        tensors.append(data)
+        quants += rest
+    return tensors, quants, forms
+
+
+def join(
+    tensors: Sequence[torch.Tensor], quants: Sequence[torch.Tensor | None], forms: Sequence[int]
+) -> Sequence[torch.Tensor | Weight4bit]:
+    """The weights that `split` took apart."""
+    if not forms:
+        return tensors
+    weights: list[torch.Tensor | Weight4bit] = []
+    for i, data in enumerate(tensors):
+        n, k, blocksize, quant_type, dtype, tiled = forms[i * _FORM : (i + 1) * _FORM]
+        scales, nested, offset = quants[3 * i : 3 * i + 3]
+        if scales is None:
+            weights.append(data)
+        else:
+            about = (n, k), _DTYPE_LIST[dtype], QUANT_TYPES[quant_type], blocksize, bool(tiled)
+            weights.append(Weight4bit(data, scales, nested, offset, *about))
+    return weights
 
 
 class _Checkpoint:

@@ -535,6 +535,8 @@ def op_args(dtype=torch.float32):
         detach(b),
         scales,
         [None, None, torch.randn(15)],
+        [],
+        [],
         0.25,
         torch.tensor(3),
         "",
@@ -545,11 +547,12 @@ def test_opcheck():
     args = op_args()
     torch.library.opcheck(torch.ops.fastpeft.lora_linear.default, args)
     ys, s = torch.ops.fastpeft.lora_linear(*args)
-    x, weights, _, a, b, scales, _, p, seed, _ = args
+    x, weights, _, a, b, scales, _, quants, forms, p, seed, _ = args
     needs = [True, True, True, False, True, False, False, True, False, True]
     dys = [torch.randn_like(ys[0]), torch.randn_like(ys[1]), torch.randn_like(ys[2])]
     torch.library.opcheck(
-        torch.ops.fastpeft.lora_linear_backward.default, (dys, x, s, weights, a, b, scales, p, seed, needs, "")
+        torch.ops.fastpeft.lora_linear_backward.default,
+        (dys, x, s, weights, a, b, scales, quants, forms, p, seed, needs, ""),
     )
 
 

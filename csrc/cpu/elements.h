@@ -10,6 +10,9 @@
 //                ublocks(): 0 .. W/2-1 in the order of lanes that in_order expects
 //                in_order(words, c0, c1, c2, c3): words[0 .. 1], W 32-bit words each, = the low halves, block by block
 //   keep(words, threshold, value)   V: value where the word >= threshold, else 0
+//   Book         16 floats: load_book(p);  Codes: W dwords of 8 four-bit codes each: load_codes(p)
+//   pick(book, codes, shift)        V: book[dword >> shift & 15], shift a constant
+//   unpack(book, p) lookup(table, p)   V: of W codes in W/2 bytes, the first in the high half; of W bytes, table[p[i]]
 #pragma once
 #include <stdint.h>
 #include <string.h>

@@ -13,6 +13,18 @@
 #include "../lora_linear.h"
 #include "tile.h"
 
+// A table's entry: the kernel for the compute dtype, a template argument.
+#define FASTPEFT_BY_DTYPE(kernel, args, dtype) \
+  switch (dtype) {                             \
+    case FLOAT32:                              \
+      return kernel<float>(args);              \
+    case BFLOAT16:                             \
+      return kernel<bf16>(args);               \
+    case FLOAT16:                              \
+      return kernel<f16>(args);                \
+  }                                            \
+  return BAD_DTYPE
+
 namespace {
 
 using namespace fastpeft;

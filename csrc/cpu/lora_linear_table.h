@@ -5,17 +5,6 @@
 
 namespace {
 
-#define FASTPEFT_BY_DTYPE(kernel, args, dtype) \
-  switch (dtype) {                             \
-    case FLOAT32:                              \
-      return kernel<float>(args);              \
-    case BFLOAT16:                             \
-      return kernel<bf16>(args);               \
-    case FLOAT16:                              \
-      return kernel<f16>(args);                \
-  }                                            \
-  return BAD_DTYPE
-
 int down_any(const LoraLinearDown& d) { FASTPEFT_BY_DTYPE(down, d, d.x.dtype); }
 int up_any(const LoraLinearUp& u) { FASTPEFT_BY_DTYPE(up, u, u.y.dtype); }
 int grad_up_any(const LoraLinearGradUp& u) { FASTPEFT_BY_DTYPE(grad_up, u, u.dy.dtype); }

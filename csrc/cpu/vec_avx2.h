@@ -106,4 +106,25 @@ FP_INLINE V keep(U words, uint32_t threshold, float value) {  // unsigned w >= t
   return _mm256_and_ps(_mm256_castsi256_ps(kept), set1(value));
 }
 
+using Codes = __m256i;
+struct Book {
+  V low, high;
+};
+FP_INLINE Book load_book(const float* p) { return {load(p), load(p + W)}; }
+FP_INLINE Codes load_codes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+FP_INLINE V pick(Book book, Codes index) {  // vpermps looks at 3 bits, the 4th chooses between two results
+  const V low = _mm256_permutevar8x32_ps(book.low, index), high = _mm256_permutevar8x32_ps(book.high, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+FP_INLINE V pick(Book book, Codes codes, int shift) { return pick(book, _mm256_srli_epi32(codes, shift)); }
+FP_INLINE V unpack(Book book, const uint8_t* p) {
+  int32_t four;
+  memcpy(&four, p, sizeof four);
+  const __m128i bytes = _mm_cvtsi32_si128(four);
+  return pick(book, _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes)));
+}
+FP_INLINE V lookup(const float* table, const uint8_t* p) {
+  return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), 4);
+}
+
 }  // namespace

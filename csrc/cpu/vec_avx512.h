@@ -107,4 +107,21 @@ FP_INLINE V keep(U words, uint32_t threshold, float value) {
   return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(words, _mm512_set1_epi32((int)threshold)), set1(value));
 }
 
+using Codes = __m512i;
+struct Book {
+  V values;
+};
+FP_INLINE Book load_book(const float* p) { return {load(p)}; }
+FP_INLINE Codes load_codes(const void* p) { return _mm512_loadu_si512(p); }
+FP_INLINE V pick(Book book, Codes codes, int shift) {  // vpermps looks at the low 4 bits of an index only
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, (unsigned)shift), book.values);
+}
+FP_INLINE V unpack(Book book, const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
+  return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes)), book.values);
+}
+FP_INLINE V lookup(const float* table, const uint8_t* p) {
+  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), table, 4);
+}
+
 }  // namespace

@@ -115,4 +115,28 @@ FP_INLINE V keep(U words, uint32_t threshold, float value) {
   return v;
 }
 
+struct Codes {
+  uint32_t dwords[W];
+};
+struct Book {
+  const float* values;
+};
+FP_INLINE Book load_book(const float* p) { return {p}; }
+FP_INLINE Codes load_codes(const void* p) {
+  Codes codes;
+  memcpy(&codes, p, sizeof codes);
+  return codes;
+}
+FP_INLINE V pick(Book book, Codes codes, int shift) {
+  V v;
+  for (int i = 0; i < W; ++i) v[i] = book.values[codes.dwords[i] >> shift & 15];
+  return v;
+}
+FP_INLINE V unpack(Book book, const uint8_t* p) {
+  return V{book.values[p[0] >> 4], book.values[p[0] & 15], book.values[p[1] >> 4], book.values[p[1] & 15]};
+}
+FP_INLINE V lookup(const float* table, const uint8_t* p) {
+  return V{table[p[0]], table[p[1]], table[p[2]], table[p[3]]};
+}
+
 }  // namespace

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -32,6 +32,6 @@ def floating(op: str, argument: str, value: torch.Tensor) -> None:
         bad_value(op, argument, "a floating-point tensor", value.dtype)
 
 
-def same_device(op: str, argument: str, value: torch.Tensor, x: torch.Tensor) -> None:
+def same_device(op: str, argument: str, value: Any, x: torch.Tensor) -> None:
     if value.device != x.device:
         bad_value(op, argument, f"on x's device ({x.device})", value.device)

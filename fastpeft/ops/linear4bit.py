@@ -1,4 +1,4 @@
-"""linear4bit: a frozen linear layer whose weight is stored in 4 bits, y = x Wᵀ + bias, and quantize_4bit, which makes the weight.
+"""linear4bit: a frozen linear layer whose weight is stored in 4 bits, y = x Wᵀ + bias; quantize_4bit makes the weight.
 
 A 4-bit base is one more kind of weight of `lora_linear`: the call goes its way (`lora_linear_op.py`), without an adapter. The
 kernels: `linear4bit_cpu.py` and `csrc/cpu/linear4bit_kernels.h`, or `reference/linear4bit.py`.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from .. import _native
 from ..reference import linear4bit as reference
 from ..weight4bit import BLOCKSIZES, QUANT_TYPES, Weight4bit
-from . import _check
+from . import _check, linear4bit_cpu
+from ._backend import forced
+from .lora_linear import run
+from .lora_linear_check import Call
 
 
 def quantize_4bit(
@@ -48,10 +52,31 @@ def quantize_4bit(
     return Weight4bit(data, scales, nested, offset, (n, k), w.dtype, quant_type, blocksize).tile()
 
 
+def linear4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A frozen linear layer over a 4-bit weight: y = x Wᵀ + bias, forward and the gradients of x and bias.
+
+    Args:
+        x: [..., K], of weight.dtype (under autocast any); any strides.
+        weight: [N, K]; `weight.to(dtype)` serves x of another dtype, with the same stored bytes.
+        bias: [N], any floating dtype, or None.
+
+    Returns:
+        y [..., N], x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+        RuntimeError: a forced backend cannot run this call (the message says why).
+    """
+    if not isinstance(weight, Weight4bit):
+        _check.bad_type("linear4bit", "weight", "an fp.Weight4bit (see quantize_4bit)", weight)
+    call = Call(x, (weight,), (bias,), (None,), (None,), (1.0,), (None,), 0.0, None)
+    return run("linear4bit", call)[0]
+
+
 def dequantize(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
     """[N, K] of `dtype`, on the weight's device."""
-    native = weight.untile()
-    absmax = native.scales
-    if native.nested_absmax is not None:
-        absmax = reference.dequantize_absmax(native.scales, native.nested_absmax, native.offset)
-    return reference.dequantize(native.data, absmax, weight.shape, weight.quant_type, weight.blocksize, dtype)
+    if weight.device.type == "cpu" and dtype in _native.CODES and forced() in ("", "cpu") and _native.cpu():
+        out = torch.empty(weight.shape, dtype=dtype)
+        n, k = weight.shape
+        return linear4bit_cpu.dequantize(weight, out, slice(0, n), slice(0, k))
+    return reference.dense(weight, dtype)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from ..reference import lora_linear as reference
+from ..weight4bit import Weight4bit
 from . import _check
 from ._backend import forced
 from ._library import plain_call
-from .lora_linear_check import Call, Optionals, Tensors, check, seed_tensor
+from .lora_linear_check import Call, Optionals, Weights, check, seed_tensor
 from .lora_linear_lean import constant, lean
 from .lora_linear_op import apply
 from .lora_linear_train import train
@@ -27,7 +28,7 @@ from .lora_linear_train import train
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Weight4bit,
     a: torch.Tensor | None,
     b: torch.Tensor | None,
     *,
@@ -43,7 +44,7 @@ def lora_linear(
 
     Args:
         x: [..., K], float32, bfloat16 or float16 (float64 runs on the torch backend); any strides.
-        weight: [N, K], frozen, x's dtype (under autocast any), any strides.
+        weight: [N, K], frozen, x's dtype (under autocast any), any strides; or an fp.Weight4bit (QLoRA).
         a, b: [R, K] and [N, R], any floating dtype: fp32 masters under bf16 compute are rounded inside the kernel and
             get fp32 gradients. Both None: the base alone.
         scale: a number, or a tensor [] or [R] (several adapters stacked along R are one call).
@@ -73,12 +74,12 @@ def lora_linear(
     call = Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
     if special:
         return _by_definition("lora_linear", call, in_scale, out_scale)[0]
-    return _run("lora_linear", call)[0]
+    return run("lora_linear", call)[0]
 
 
 def lora_linear_group(
     x: torch.Tensor,
-    weights: Tensors,
+    weights: Weights,
     a: Optionals,
     b: Optionals,
     *,
@@ -116,13 +117,13 @@ def lora_linear_group(
     ys = train("lora_linear_group", x, weights, call.biases, a, b, scales, call.lora_biases, dropout_p, seed)
     if ys is not None:
         return list(ys)
-    return _run("lora_linear_group", call)
+    return run("lora_linear_group", call)
 
 
 # ---- from the public call to the registered op ---------------------------------------------------
 
 
-def _run(op: str, call: Call) -> list[torch.Tensor]:
+def run(op: str, call: Call) -> list[torch.Tensor]:
     call = _autocast(call)
     check(op, call)
     x, adapters = call.x, zip(call.a, call.scales)
@@ -140,6 +141,8 @@ def _autocast(call: Call) -> Call:
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t: Any) -> Any:
+        if isinstance(t, Weight4bit):
+            return t.to(dtype)
         narrow = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
         return t.to(dtype) if narrow else t
 

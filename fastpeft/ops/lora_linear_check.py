@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..weight4bit import Weight4bit
 from . import _check
 
-Tensors = Sequence[torch.Tensor]
+Weights = Sequence[torch.Tensor | Weight4bit]
 Optionals = Sequence[torch.Tensor | None]
 
 
@@ -17,7 +18,7 @@ class Call(NamedTuple):
     """One call's arguments, a sequence entry per projection."""
 
     x: torch.Tensor
-    weights: Tensors
+    weights: Weights
     biases: Optionals
     a: Optionals
     b: Optionals
@@ -45,18 +46,18 @@ def check(op: str, call: Call) -> None:
         _check_adapter(op, x, n, call.a[i], call.b[i], call.scales[i])
 
 
-def _check_base(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+def _check_base(op: str, x: torch.Tensor, weight: torch.Tensor | Weight4bit) -> None:
     k = x.shape[-1]
-    if not isinstance(weight, torch.Tensor):
-        _check.bad_type(op, "weight", "a torch.Tensor", weight)
-    if weight.dim() != 2 or weight.shape[1] != k:
+    if not isinstance(weight, (torch.Tensor, Weight4bit)):
+        _check.bad_type(op, "weight", "a torch.Tensor or an fp.Weight4bit", weight)
+    if len(weight.shape) != 2 or weight.shape[1] != k:
         _check.bad_value(op, "weight", f"[N, K] = [N, {k}] (K is x's last dimension)", list(weight.shape))
     if weight.dtype != x.dtype:
         _check.bad_value(
             op, "weight", f"of x's dtype ({x.dtype}); cast one of them or use torch.autocast", weight.dtype
         )
     _check.same_device(op, "weight", weight, x)
-    if weight.requires_grad:
+    if isinstance(weight, torch.Tensor) and weight.requires_grad:
         _check.bad_value(
             op, "weight", "frozen (weight.requires_grad_(False)): it gets no gradient here", "one that requires grad"
         )

@@ -15,14 +15,19 @@ from pathlib import Path
 import torch
 
 from .. import _machine, _native
+from .._native import CODES
 from ..reference.lora_linear import contiguous_rows, leading_shape
 from ..reference.philox import keep_threshold
+from ..weight4bit import Weight4bit
+from . import linear4bit_cpu
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_RANK = 512
 _PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["cpu"]
-# Up to this many rows the native kernel reads the weight faster than PyTorch's GEMM does.
-SMALL_M = {isa: {getattr(torch, dtype): m for dtype, m in by.items()} for isa, by in _PLANS["small_m"].items()}
+# Up to this many rows the native kernel reads the weight faster than PyTorch's GEMM does, or decodes it faster than into slabs.
+SMALL_M, SMALL_M_4BIT = (
+    {isa: {getattr(torch, dtype): m for dtype, m in by.items()} for isa, by in _PLANS[key].items()}
+    for key in ("small_m", "small_m_4bit")
+)
 
 
 def can(meta) -> str | None:
@@ -36,7 +41,7 @@ def can(meta) -> str | None:
 
 def unfit(meta) -> str | None:
     """Why no native kernel, of this backend or a GPU's, takes these dtypes and ranks; None if it does."""
-    x, a, b = meta
+    x, a, b, _ = meta
     if x.dtype not in CODES:
         return f"x is {x.dtype}, not among float32, bfloat16, float16"
     for a_i, b_i in zip(a, b):
@@ -57,7 +62,8 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
     ranks = [0 if t is None else t.shape[0] for t in a]
     s = x2.new_empty(m, sum(ranks))
     total = s.shape[1]
-    small = 0 < m <= SMALL_M[native.isa()][x.dtype] and dropout_p == 0.0 and k > 0
+    most = min(_small_m(native, x.dtype, weight) for weight in weights)
+    small = 0 < m <= most and dropout_p == 0.0 and k > 0
     if not small:
         _down(native, code, x2, s, a, ranks, dropout_p, seed, threads)
     bases = None if small else project(x2, weights, biases)
@@ -67,7 +73,14 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
         s_i = _at(s, column)
         a_args = (_ptr(a[i]), _code(a[i]), k)
         b_args = (_ptr(b[i]), _code(b[i]), r, _ptr(scales[i]), _stride(scales[i]))
-        if small and weight.stride(1) == 1 and n > 0:
+        if small and isinstance(weight, Weight4bit) and n > 0:
+            y = x2.new_empty(m, n)
+            status = native.linear4bit_small(
+                code, x2.data_ptr(), m, k, *linear4bit_cpu.arguments(weight), _ptr(bias), _code(bias), y.data_ptr(), n,
+                s_i, total, r, *a_args, *b_args, _ptr(lora_bias), _code(lora_bias), threads,
+            )  # fmt: skip
+            check_status(status, "linear4bit_small", m, k, n, r)
+        elif small and n > 0 and weight.stride(1) == 1:
             y = x2.new_empty(m, n)
             status = native.lora_linear_small(
                 code, x2.data_ptr(), m, k, k, weight.data_ptr(), weight.stride(0), n, _ptr(bias), _code(bias),
@@ -148,43 +161,68 @@ def project(x, weights, biases):
     """[x W_iᵀ + bias_i] of x [M, K], W_i [N_i, K], bias_i [N_i] or None, by PyTorch's GEMM.
 
     Where its bf16 GEMM is slower than its fp32 one, slabs of the operands are widened to fp32: exact products, one rounding.
+    A 4-bit weight is decoded slab by slab, into fp32 there, else into x's dtype.
     """
-    if not _widens(x):
+    dtypes = [_slab_dtype(x, w) for w in weights]
+    if not any(dtypes):
         return [
             torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
             for w, bias in zip(weights, biases)
         ]
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
     for m in _slabs(x.shape[0], _PLANS["widen"]["rows"]):
-        wide = x[m].float()
-        for y, w, bias in zip(ys, weights, biases):
-            for n in _slabs(w.shape[0], _PLANS["widen"]["columns"]):
-                part = w[n].float().t()
-                y[m, n] = wide @ part if bias is None else torch.addmm(bias[n].float(), wide, part)
+        for y, w, bias, dtype in zip(ys, weights, biases, dtypes):
+            wide = x[m].to(dtype or x.dtype)
+            for n in _slabs(w.shape[0], _slab_size(w)):
+                part = _slab(w, n, slice(0, w.shape[1]), wide.dtype).t()
+                y[m, n] = wide @ part if bias is None else torch.addmm(bias[n].to(wide.dtype), wide, part)
     return ys
 
 
 def combine(dys, weights):
     """Σ dy_i W_i [M, K] of dy_i [M, N_i], W_i [N_i, K]; as `project`."""
     dy, w = dys[0], weights[0]
-    if not _widens(dy):
+    dtypes = [_slab_dtype(dy, w) for w in weights]
+    if not any(dtypes):
         dx = torch.mm(dy, w)
         for dy, w in zip(dys[1:], weights[1:]):
             dx.addmm_(dy, w)
         return dx
+    dtype = torch.float32 if torch.float32 in dtypes else dy.dtype
     dx = dy.new_empty(dy.shape[0], w.shape[1])
     for m in _slabs(dy.shape[0], _PLANS["widen"]["rows"]):
-        wide = [dy[m].float() for dy in dys]
-        for k in _slabs(w.shape[1], _PLANS["widen"]["columns"]):
-            total = wide[0] @ w[:, k].float()
+        wide = [dy[m].to(dtype) for dy in dys]
+        for k in _slabs(w.shape[1], _slab_size(w)):
+            total = wide[0] @ _slab(w, slice(0, w.shape[0]), k, dtype)
             for dy, other in zip(wide[1:], weights[1:]):
-                total.addmm_(dy, other[:, k].float())
+                total.addmm_(dy, _slab(other, slice(0, other.shape[0]), k, dtype))
             dx[m, k] = total
     return dx
 
 
-def _widens(x) -> bool:
-    return x.dtype == torch.bfloat16 and x.shape[0] >= _PLANS["widen"]["min_m"] and _slow_bf16()
+def _slab_dtype(x, w) -> torch.dtype | None:
+    """In which dtype slabs of w are multiplied by rows of x's dtype; None: w is multiplied whole."""
+    if isinstance(w, Weight4bit):
+        narrow = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and _slow_bf16())
+        return torch.float32 if narrow else x.dtype
+    widens = x.dtype == torch.bfloat16 and x.shape[0] >= _PLANS["widen"]["min_m"] and _slow_bf16()
+    return torch.float32 if widens else None
+
+
+def _slab_size(w) -> int:
+    return _PLANS["decode" if isinstance(w, Weight4bit) else "widen"]["columns"]
+
+
+def _slab(w, n: slice, k: slice, dtype):
+    """w[n, k] in `dtype`"""
+    if isinstance(w, torch.Tensor):
+        return w[n, k].to(dtype)
+    room = torch.empty(n.stop - n.start, k.stop - k.start, dtype=dtype)
+    return linear4bit_cpu.dequantize(w, room, n, k)
+
+
+def _small_m(native, dtype, weight) -> int:
+    return (SMALL_M_4BIT if isinstance(weight, Weight4bit) else SMALL_M)[native.isa()][dtype]
 
 
 def _slabs(n: int, size: int) -> list[slice]:

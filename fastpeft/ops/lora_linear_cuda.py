@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from .. import _native
-from .lora_linear_cpu import CODES, _ptr, _stride
+from .._native import CODES
+from .lora_linear_cpu import _ptr, _stride
 
 BLOCK_M, BLOCK_K, BLOCK_C = 64, 64, 128  # as in csrc/cuda/lora_linear.cu
 

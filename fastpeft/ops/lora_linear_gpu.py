@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from .. import _native
 from ..reference.lora_linear import leading_shape
+from ..weight4bit import Weight4bit
 from . import lora_linear_cpu, lora_linear_cuda
 
 _PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["triton"]
@@ -26,6 +27,8 @@ _PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text
 
 def can_cuda(meta) -> str | None:
     x = meta[0]
+    if any(isinstance(w, Weight4bit) for w in meta[3]):
+        return "it has no 4-bit weights yet"
     if not x.is_cuda:
         return f"tensors are on {x.device}"
     if _native.cuda() is None:
@@ -38,7 +41,9 @@ def can_cuda(meta) -> str | None:
 
 
 def can_triton(meta) -> str | None:
-    x, a, _ = meta
+    x, a, _, weights = meta
+    if any(isinstance(w, Weight4bit) for w in weights):
+        return "it has no 4-bit weights yet"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors are on {x.device}"
     if _native.triton("lora_linear") is None:

@@ -13,9 +13,10 @@ import torch
 from torch._C import _is_any_autocast_enabled
 
 from .. import _native
+from .._native import CODES
 from . import _backend
 from ._library import plain_call
-from .lora_linear_cpu import CODES, MAX_RANK, SMALL_M, check_status, project
+from .lora_linear_cpu import MAX_RANK, SMALL_M, check_status, project
 
 
 def lean(x, weight, a, b, scale, bias, lora_bias):

@@ -12,13 +12,14 @@ import torch
 from torch._C import _is_any_autocast_enabled
 
 from .. import _native
+from .._native import CODES
 from ..reference.philox import keep_threshold
 from . import _backend
 from ._library import plain_call
 from .lora_linear_check import seed_tensor
-from .lora_linear_cpu import CODES, MAX_RANK, SMALL_M, check_status, combine, project
+from .lora_linear_cpu import MAX_RANK, SMALL_M, check_status, combine, project
 from .lora_linear_lean import constant
-from .lora_linear_op import gradients, save
+from .lora_linear_op import FIRST, gradients, save
 
 
 def train(op, x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
@@ -63,14 +64,14 @@ def train(op, x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
     except (AttributeError, IndexError, TypeError, ValueError):
         return None
     seed = seed_tensor(op, seed, x.device) if dropout_p else None
-    return _Train.apply(dropout_p, _backend._forced, x, seed, *weights, *biases, *a, *b, *constants, *lora_biases)
+    return _Train.apply((), dropout_p, _backend._forced, x, seed, *weights, *biases, *a, *b, *constants, *lora_biases)
 
 
 class _Train(torch.autograd.Function):
-    """apply(dropout_p, backend, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases) -> ys, as LoraLinear."""
+    """apply((), dropout_p, backend, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases) -> ys, as LoraLinear."""
 
     @staticmethod
-    def forward(ctx, dropout_p, backend, x, seed, *flat):
+    def forward(ctx, forms, dropout_p, backend, x, seed, *flat):
         native, threads, dtype, k, count = _native.cpu(), torch.get_num_threads(), x.dtype, x.shape[-1], len(flat) // 6
         code, m = CODES[dtype], x.numel() // k
         weights, biases, a, b, scales = (flat[i : i + count] for i in range(0, 5 * count, count))
@@ -82,7 +83,7 @@ class _Train(torch.autograd.Function):
             projections.append((a_i.data_ptr(), CODES[a_i.dtype], r, k, total, i))
             total += r
         s = torch.empty_strided((m, total), (total, 1), dtype=dtype)
-        save(ctx, s, dropout_p, backend, x, seed, *flat)
+        save(ctx, s, forms, dropout_p, backend, x, seed, *flat)
         x_ptr, x2 = x.data_ptr(), x if x.dim() == 2 else x.view(m, k)
         if not small:
             status = native.lora_linear_down(code, x_ptr, m, k, k, s.data_ptr(), total, projections, *mask, threads)
@@ -112,7 +113,7 @@ class _Train(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         saved, count, wanted = ctx.saved_tensors, ctx.n, ctx.needs_input_grad
-        trains_all = all(wanted[4 + 2 * count : 4 + 4 * count])
+        trains_all = all(wanted[FIRST + 2 * count : FIRST + 4 * count])
         if not trains_all or any(dy is None for dy in dys) or torch.is_grad_enabled() or not plain_call(dys[0]):
             return gradients(ctx, saved, dys)
         x, s, seed, *flat = saved
@@ -135,7 +136,7 @@ class _Train(torch.autograd.Function):
             das.append(da)
             dbs.append(db)
             column += r
-        dx = combine(live, weights) if wanted[2] else None
+        dx = combine(live, weights) if wanted[FIRST - 2] else None
         status = native.lora_linear_grad_down(
             code, x.data_ptr(), m, k, k, 0 if dx is None else dx.data_ptr(), k, t.data_ptr(), total, projections,
             *mask, threads,
@@ -144,4 +145,4 @@ class _Train(torch.autograd.Function):
         none = (None,) * count
         if dx is not None and x.dim() != 2:
             dx = dx.view(x.shape)
-        return (None, None, dx, None, *none, *none, *das, *dbs, *none, *none)
+        return (None, None, None, dx, None, *none, *none, *das, *dbs, *none, *none)

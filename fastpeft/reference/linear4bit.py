@@ -123,3 +123,14 @@ def dequantize(packed, absmax, shape, quant_type, blocksize, dtype) -> torch.Ten
     values = codebook(quant_type).to(packed.device)[codes.long()]
     scale = absmax.repeat_interleave(blocksize)[:n]
     return (values * scale).to(dtype).view(shape)
+
+
+def dense(weight, dtype) -> torch.Tensor:
+    """[N, K] of `dtype` of a Weight4bit; a dense weight as it is."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    native = weight.untile()
+    absmax = native.scales
+    if native.nested:
+        absmax = dequantize_absmax(native.scales, native.nested_absmax, native.offset)
+    return dequantize(native.data, absmax, weight.shape, weight.quant_type, weight.blocksize, dtype)

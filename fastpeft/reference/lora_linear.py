@@ -1,14 +1,18 @@
 """y = out_scale · ((x·in_scale) Wᵀ + (drop(x) Aᵀ) (scale·B)ᵀ + lora_bias) + bias   (LoRA: Hu et al. 2021, equation 3)
 
 `lora_linear` is the definition, differentiable by autograd. `forward` and `backward` are the same in closed form, for a
-group of projections of one x: the `torch` backend. Shapes: x [..., K], W [N, K], A [R, K], B [N, R], scale [] or [R].
+group of projections of one x: the `torch` backend. Shapes: x [..., K], W [N, K] (dense or a Weight4bit), A [R, K], B [N, R],
+scale [] or [R].
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from .linear4bit import dense
 from .philox import dropout_mask
 
 
@@ -21,7 +25,7 @@ def drop(x: torch.Tensor, p: float, seed: torch.Tensor | None, projection: int =
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     a: torch.Tensor | None,
     b: torch.Tensor | None,
     *,
@@ -34,7 +38,7 @@ def lora_linear(
     out_scale: torch.Tensor | None = None,
     projection: int = 0,
 ) -> torch.Tensor:
-    y = F.linear(x if in_scale is None else x * in_scale.to(x.dtype), weight)
+    y = F.linear(x if in_scale is None else x * in_scale.to(x.dtype), dense(weight, x.dtype))
     if a is not None and b is not None:
         s = F.linear(drop(x, dropout_p, seed, projection), a.to(x.dtype))
         y = y + F.linear(s, (b * scale).to(x.dtype))
@@ -49,7 +53,7 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
     """-> ys (each [..., N_i]) and s [M, ΣR], the rank-R activations that backward reads."""
     x2, ys, parts = contiguous_rows(x), [], []
     for i, weight in enumerate(weights):
-        y = F.linear(x2, weight, None if biases[i] is None else biases[i].to(x.dtype))
+        y = F.linear(x2, dense(weight, x.dtype), None if biases[i] is None else biases[i].to(x.dtype))
         if a[i] is not None:
             s = drop(x2, dropout_p, seed, i) @ a[i].to(x.dtype).t()
             y.addmm_(s, (b[i] * scales[i]).to(x.dtype).t())
@@ -74,7 +78,8 @@ def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a
         da = db = dbias = None
         if dy is not None:
             if needs_x:
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                w = dense(weight, dy.dtype)
+                dx = dy @ w if dx is None else dx.addmm_(dy, w)
             if needs_bias[i]:
                 dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
         rank = 0 if a[i] is None else a[i].shape[0]
