@@ -1,5 +1,6 @@
 """Modules: thin layers that hold parameters and call one op."""
 
+from .linear4bit import Linear4bit
 from .lora_linear import LoraLinear
 
-__all__ = ["LoraLinear"]
+__all__ = ["Linear4bit", "LoraLinear"]

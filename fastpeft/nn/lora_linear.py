@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import ops
+from ..weight4bit import Weight4bit
+from .linear4bit import Linear4bit, no_autocast
 
 
 class LoraLinear(nn.Module):
     """y = x Wᵀ + bias + alpha/r · (drop(x) Aᵀ) Bᵀ   (Hu et al. 2021, equation 3; B starts at zero, A as in PEFT)
 
     Args:
-        base: the linear layer to adapt. It is kept as `self.base`, and its weight is frozen.
+        base: the linear layer to adapt, dense or an `nn.Linear4bit`. It is kept as `self.base`, and its weight is frozen.
         r: rank, at least 1. alpha: the update is scaled by alpha/r.
         dropout: probability of dropping an element of x before A, in training.
         adapter_dtype: of A and B; float32 masters by default, whatever the base's dtype (the kernel rounds them).
@@ -50,7 +53,7 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.enabled = True
         self.merged = False
-        self._original: torch.Tensor | None = None
+        self._original: Any = None  # the base's tensor, or Weight4bit
 
     @property
     def scale(self) -> float:
@@ -59,9 +62,16 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged or not self.enabled:
             return self.base(x)
+        if isinstance(self.base, Linear4bit):
+            dtype = self.base.dtype_for(x)
+            with no_autocast(x, dtype):
+                return self._forward(x.to(dtype), self.base.weight_for(dtype)).to(x.dtype)
+        return self._forward(x, self.base.weight)
+
+    def _forward(self, x: torch.Tensor, weight: torch.Tensor | Weight4bit) -> torch.Tensor:
         return ops.lora_linear(
             x,
-            self.base.weight,
+            weight,
             self.lora_a,
             self.lora_b,
             scale=self.scale,
@@ -86,10 +96,17 @@ class LoraLinear(nn.Module):
         The original weight is kept so that `unmerge` restores its bits; `keep_original=False` saves that memory, and
         `unmerge` then subtracts the update (rounded once more).
 
+        A 4-bit base is quantised again (`base.merge_error` is the relative RMS error), and always keeps its original.
+
         Raises RuntimeError when already merged, ValueError (nothing changes) when the merged weight would not be finite.
         """
         if self.merged:
             raise RuntimeError("LoraLinear.merge: already merged; unmerge() first")
+        if isinstance(self.base, Linear4bit):
+            original = self.base.weight4bit
+            self.base.requantize_(original.dequantize(torch.float32) + self._update())
+            self._original, self.merged = original, True
+            return
         weight = self.base.weight
         merged = (weight.float() + self._update()).to(weight.dtype)
         if not torch.isfinite(merged).all():
@@ -103,6 +120,11 @@ class LoraLinear(nn.Module):
         """Take the update out of `base.weight`. Raises RuntimeError when not merged."""
         if not self.merged:
             raise RuntimeError("LoraLinear.unmerge: not merged; merge() first")
+        if isinstance(self.base, Linear4bit):
+            self.base.set_weight(self._original)
+            self.base.merge_error = None
+            self._original, self.merged = None, False
+            return
         weight = self.base.weight
         weight.copy_(self._original if self._original is not None else weight.float() - self._update())
         self._original, self.merged = None, False
