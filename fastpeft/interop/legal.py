@@ -7,7 +7,7 @@ Nothing is cached, so nothing is ever stale.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -15,6 +15,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
+
+from ..nn import Linear4bit
+from ..weight4bit import Weight4bit
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _LINEAR_FORWARD = nn.Linear.forward
@@ -27,11 +30,19 @@ Adapter = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float | torch.T
 class Terms(NamedTuple):
     """What a layer computes now: the parameters themselves, so that two of them can be compared by identity."""
 
-    weight: torch.Tensor  # [N, K], or [K, N] where transposed (transformers' Conv1D)
+    weight: torch.Tensor | Weight4bit  # [N, K], or [K, N] where transposed (transformers' Conv1D)
     transposed: bool
     bias: torch.Tensor | None
     dropout_p: float
     adapters: tuple[Adapter, ...]
+    base: Linear4bit | None = None  # where the weight is in 4 bits
+
+    def dtype(self, x: torch.Tensor) -> torch.dtype:
+        """What x is computed in."""
+        if self.base is not None:
+            return self.base.dtype_for(x)
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def terms(layer: PeftLinear) -> Terms | str:
@@ -43,18 +54,18 @@ def terms(layer: PeftLinear) -> Terms | str:
     if "forward" in layer.__dict__:
         return "it has a forward of its own (accelerate's hooks do that)"
     modules = layer._modules
-    base = modules["base_layer"]
+    base: Any = modules["base_layer"]
     kind = type(base)
-    if kind is not nn.Linear and kind is not Conv1D:
+    if kind is not nn.Linear and kind is not Conv1D and kind is not Linear4bit:
         return f"its base layer is a {kind.__name__}"
-    if _noticed(base):
+    if noticed(base):
         return "its base layer has hooks, or a forward of its own"
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) is not nn.Parameter or not (bias is None or type(bias) is nn.Parameter):
         return "its base weight is not a plain parameter (sharded, quantised or replicated)"
     if weight.requires_grad:
         return "its base weight requires grad"
-    if weight.dtype not in DTYPES or weight.is_meta:
+    if (weight.dtype not in DTYPES and kind is not Linear4bit) or weight.is_meta:
         return f"its base weight is {weight.dtype} on {weight.device}"
     if nn.Linear.forward is not _LINEAR_FORWARD or _has_any_global_hook():
         return "there are hooks on every nn.Module, or another nn.Linear.forward"
@@ -77,6 +88,8 @@ def terms(layer: PeftLinear) -> Terms | str:
         return "no adapter of it is active"
     if dropout_p and len(adapters) > 1:
         return "several adapters with dropout are active in training"
+    if kind is Linear4bit:
+        return Terms(base.weight4bit, False, bias, dropout_p, tuple(adapters), base)
     return Terms(weight, kind is Conv1D, bias, dropout_p, tuple(adapters))
 
 
@@ -85,7 +98,7 @@ def _adapter(down: nn.Module, up: nn.Module, dropout: nn.Module, scaling: object
         return f"is made of {type(down).__name__} and {type(up).__name__}"
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace or dropout.p >= 1.0):
         return f"has {dropout} as its dropout"
-    if _noticed(down) or _noticed(up) or _noticed(dropout):
+    if noticed(down) or noticed(up) or noticed(dropout):
         return "has hooks, or a forward of its own"
     a, b, bias = down._parameters.get("weight"), up._parameters.get("weight"), up._parameters.get("bias")
     plain = type(a) is nn.Parameter and type(b) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
@@ -105,7 +118,7 @@ def refusal(layer: PeftLinear, x: torch.Tensor, found: Terms) -> str | None:
     dtype = x.dtype
     if dtype not in DTYPES or x.is_meta:
         return f"x is {dtype} on {x.device}"
-    if dtype is not found.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if found.base is None and dtype is not found.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {dtype}, its base weight {found.weight.dtype}"
     if not layer.cast_input_dtype_enabled and any(a.dtype is not dtype for a, *_ in found.adapters):
         return "casting of its input was disabled"
@@ -118,7 +131,7 @@ def refusal(layer: PeftLinear, x: torch.Tensor, found: Terms) -> str | None:
     return None
 
 
-def _noticed(module: nn.Module) -> bool:
+def noticed(module: nn.Module) -> bool:
     """Whether somebody would notice that `module()` was not called."""
     return bool(
         module._forward_hooks

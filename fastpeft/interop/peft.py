@@ -1,14 +1,16 @@
 """Hugging Face PEFT's LoRA layers on fastpeft's op: `apply` swaps their class, `revert` swaps it back.
 
-Nothing else changes: parameters, names, hooks and PEFT's own methods stay. A call takes the fast path when `legal.py`
+Nothing else changes: parameters, names, hooks and PEFT's own methods stay; a bitsandbytes base becomes a layer of ours with
+its bytes (`peft_4bit.py`). A call takes the fast path when `legal.py`
 finds nothing against it, else PEFT's forward; siblings that read one x run together (`siblings.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -16,19 +18,26 @@ from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 
 from .. import ops
-from . import legal, siblings
+from ..nn import Linear4bit
+from ..nn.linear4bit import no_autocast
+from . import legal, merge_4bit, siblings
 from .legal import Terms
 from .report import Report, known
 from .siblings import Group, Seat
 
+if TYPE_CHECKING:
+    Base = PeftLinear
+else:
+    Base = object
 
-class FastLoraLinear(PeftLinear):
-    """PEFT's `lora.Linear` with a fused forward: what `apply` makes of it. Never constructed."""
+
+class Fast(Base):
+    """The fused forward, over the PEFT class that stands behind it in the method resolution order."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., K] -> [..., N], as PEFT's; other arguments (`adapter_names`, ...) run PEFT's code."""
         if args or kwargs:
-            return PeftLinear.forward(self, x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)
         found = legal.terms(self)
         refused = None if isinstance(found, str) else legal.refusal(self, x, found)
         compiling = torch.compiler.is_compiling()
@@ -37,13 +46,16 @@ class FastLoraLinear(PeftLinear):
             seat.called, seat.refused = True, refused is not None
             seat.last = found if isinstance(found, str) else refused
         if isinstance(found, str) or refused is not None:
-            return PeftLinear.forward(self, x)
+            return super().forward(x)
         if not compiling and seat.group is not None:  # compiled: whether siblings share x depends on data (versions)
             y = seat.group.call(seat.index, self, x, found, _forward_all)
             if y is not None:
-                return y
-        weight, a, b, scale, bias, lora_bias = _arguments(found)
-        return ops.lora_linear(x, weight, a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=found.dropout_p)
+                return y if found.base is None else y.to(x.dtype)
+        if found.base is None:
+            return _forward(x, found)
+        dtype = found.dtype(x)
+        with no_autocast(x, dtype):
+            return _forward(x.to(dtype), found).to(x.dtype)
 
     def fast_terms(self, x: torch.Tensor | None) -> Terms | str:
         """What the fast path computes for x, or why this call is PEFT's. None: whatever x (for the report)."""
@@ -52,12 +64,32 @@ class FastLoraLinear(PeftLinear):
             return found
         return legal.refusal(self, x, found) or found
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT's. A 4-bit base is quantised again and keeps its original: see `merge_4bit`."""
+        if type(self.get_base_layer()) is Linear4bit:
+            merge_4bit.merge(self, adapter_names)
+        else:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        """As PEFT's; a 4-bit base gets its original bits back."""
+        if type(self.get_base_layer()) is Linear4bit:
+            merge_4bit.unmerge(self)
+        else:
+            super().unmerge()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copied or unpickled: take the old place among the siblings, which are being copied too (or stay alone)."""
         super().__setstate__(state)
         seat = self._fastpeft
         if seat.group is not None:
             seat.group.join(seat.index, self)
+
+
+class FastLoraLinear(Fast, PeftLinear):
+    """PEFT's `lora.Linear` with a fused forward: what `apply` makes of it. Never constructed."""
+
+    peft_class = PeftLinear
 
     def _get_name(self) -> str:
         return PeftLinear.__name__  # repr is PEFT's
@@ -66,11 +98,13 @@ class FastLoraLinear(PeftLinear):
 def apply(model: nn.Module) -> Report:
     """See `fastpeft.apply`."""
     _check(model, "apply")
-    layers = [module for module in model.modules() if type(module) is PeftLinear]
+    fast = _classes()
+    layers = [module for module in model.modules() if type(module) in fast]
     if not any(known(module) for module in model.modules()):
         raise ValueError(
             f"fastpeft.apply: nothing to apply in this {type(model).__name__}. Looked for peft.tuners.lora.layer.Linear "
-            "(the fast path), PEFT's other adapter layers (reported) and fastpeft.nn.LoraLinear (already fast). "
+            "and peft.tuners.lora.bnb.Linear4bit (the fast paths), PEFT's other adapter layers (reported) and "
+            "fastpeft.nn.LoraLinear (already fast). "
             "Wrap the model first: peft.get_peft_model(model, LoraConfig(...))"
         )
     inside = {
@@ -79,10 +113,16 @@ def apply(model: nn.Module) -> Report:
     swapped: list[nn.Module] = []
     try:
         for layer in layers:
-            if id(layer) not in inside:  # PEFT's attention layer reads its projections' weights and never calls them
-                swapped.append(layer)
-                layer._fastpeft = Seat()
-                layer.__class__ = FastLoraLinear
+            if id(layer) in inside:  # PEFT's attention layer reads its projections' weights and never calls them
+                continue
+            four_bit = type(layer) is not PeftLinear
+            if four_bit and _four_bit().why_left(layer) is not None:
+                continue
+            swapped.append(layer)
+            layer._fastpeft = Seat()
+            if four_bit:
+                _four_bit().take_base(layer)
+            layer.__class__ = fast[type(layer)]
         _group(model)
     except BaseException:
         _swap_back(swapped)
@@ -93,7 +133,29 @@ def apply(model: nn.Module) -> Report:
 def revert(model: nn.Module) -> None:
     """See `fastpeft.revert`."""
     _check(model, "revert")
-    _swap_back([module for module in model.modules() if type(module) is FastLoraLinear])
+    layers = [module for module in model.modules() if isinstance(module, Fast)]
+    for layer in layers:
+        if type(layer) is FastLoraLinear and merge_4bit.holds_original(layer):
+            raise RuntimeError(
+                "fastpeft.revert: an adapter is merged into a 4-bit base, which PEFT's lora.Linear cannot undo: "
+                "call unmerge_adapter() first"
+            )
+    _swap_back(layers)
+
+
+def _four_bit():
+    """`peft_4bit`, which imports bitsandbytes: only where PEFT has done so."""
+    from . import peft_4bit
+
+    return peft_4bit
+
+
+def _classes() -> dict[type, type]:
+    """PEFT's classes and the fast ones for them."""
+    classes: dict[type, type] = {PeftLinear: FastLoraLinear}
+    if "peft.tuners.lora.bnb" in sys.modules and hasattr(sys.modules["peft.tuners.lora.bnb"], "Linear4bit"):
+        classes[_four_bit().PeftLinear4bit] = _four_bit().FastLoraLinear4bit
+    return classes
 
 
 def _check(model: nn.Module, what: str) -> None:
@@ -110,7 +172,7 @@ def _check(model: nn.Module, what: str) -> None:
 
 
 def _group(model: nn.Module) -> None:
-    for layers in siblings.find(model, FastLoraLinear):
+    for layers in siblings.find(model, tuple(_classes().values())):
         if any(layer._fastpeft.group is None for _, layer in layers):
             group = Group(tuple(name for name, _ in layers))
             for index, (_, layer) in enumerate(layers):
@@ -123,22 +185,40 @@ def _swap_back(layers: Sequence[nn.Module]) -> None:
         seat = layer.__dict__.pop("_fastpeft", None)
         if seat is not None and seat.group is not None:
             seat.group.leave(seat.index)
-        layer.__class__ = PeftLinear
+        merge_4bit.forget_original(layer)
+        if not isinstance(layer, PeftLinear):
+            _four_bit().give_base_back(layer)
+        if isinstance(layer, Fast):
+            layer.__class__ = layer.peft_class
         for name in ("forward", "_old_forward"):  # accelerate keeps and restores bound methods
-            if getattr(layer.__dict__.get(name), "__func__", None) is FastLoraLinear.forward:
-                setattr(layer, name, PeftLinear.forward.__get__(layer))
+            if getattr(layer.__dict__.get(name), "__func__", None) is Fast.forward:
+                setattr(layer, name, type(layer).forward.__get__(layer))
+
+
+def _forward(x: torch.Tensor, found: Terms) -> torch.Tensor:
+    weight, a, b, scale, bias, lora_bias = _arguments(found, x.dtype)
+    return ops.lora_linear(x, weight, a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=found.dropout_p)
 
 
 def _forward_all(x: torch.Tensor, every: Sequence[Terms]) -> list[torch.Tensor]:
-    weights, a, b, scales, biases, lora_biases = zip(*map(_arguments, every), strict=True)
-    return ops.lora_linear_group(
-        x, weights, a, b, scales=scales, biases=biases, lora_biases=lora_biases, dropout_p=every[0].dropout_p
-    )
+    """Outputs in the dtype that they are computed in (a cast would hide from `Group` that backward has run)."""
+    dtype, packed = x.dtype, any(found.base is not None for found in every)
+    if packed:
+        dtype = every[0].dtype(x)  # all the same: `Group` asked
+    arguments = zip(*(_arguments(found, dtype) for found in every), strict=True)
+    weights, a, b, scales, biases, lora_biases = arguments
+    with no_autocast(x, dtype) if packed else contextlib.nullcontext():
+        return ops.lora_linear_group(
+            x.to(dtype), weights, a, b, scales=scales, biases=biases, lora_biases=lora_biases,
+            dropout_p=every[0].dropout_p,
+        )  # fmt: skip
 
 
-def _arguments(found: Terms) -> tuple[Any, ...]:
+def _arguments(found: Terms, dtype: torch.dtype) -> tuple[Any, ...]:
     """weight, a, b, scale, bias, lora_bias for the op. Several adapters are one of rank ΣR, with a scale for each row."""
     weight = found.weight.t() if found.transposed else found.weight
+    if found.base is not None:
+        weight = found.base.weight_for(dtype)
     if len(found.adapters) == 1:
         (a, b, bias, scale) = found.adapters[0]
         return weight, a, b, scale, found.bias, None if bias is None else bias * scale

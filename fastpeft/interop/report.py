@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,11 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..nn import LoraLinear
+from ..nn import Linear4bit, LoraLinear
+from ..weight4bit import Weight4bit
 from .siblings import Group, Seat
+
+_NOT_APPLIED = "PEFT's own class: call fastpeft.apply(model), again after adding adapters to further layers"
 
 
 class LayerReport(NamedTuple):
@@ -70,7 +74,9 @@ def known(module: nn.Module) -> bool:
 
 def _row(name: str, module: nn.Module) -> LayerReport:
     if isinstance(module, LoraLinear):
-        return LayerReport(name, "fast", "fastpeft.nn.LoraLinear", _arithmetic(module.base.weight, [module.lora_a]))
+        base = module.base if isinstance(module.base, Linear4bit) else None
+        weight = module.base.weight if base is None else base.weight4bit
+        return LayerReport(name, "fast", "fastpeft.nn.LoraLinear", _arithmetic(weight, [module.lora_a], base))
     why = _why_peft(module)
     if why is not None:
         return LayerReport(name, "peft", why, _peft_arithmetic(module))
@@ -80,7 +86,7 @@ def _row(name: str, module: nn.Module) -> LayerReport:
             name, "fast", _company(_seat(module)), "in its last call; its parameters are sharded between calls"
         )
     return LayerReport(
-        name, "fast", _company(_seat(module)), _arithmetic(found.weight, (a for a, *_ in found.adapters))
+        name, "fast", _company(_seat(module)), _arithmetic(found.weight, [a for a, *_ in found.adapters], found.base)
     )
 
 
@@ -90,9 +96,15 @@ def _why_peft(module: nn.Module) -> str | None:
         found = module.fast_terms(None)
         if not isinstance(found, str):
             return seat.last if seat.refused else None
+        error = getattr(module.base_layer, "merge_error", None)
+        if error is not None and module.merged_adapters:
+            return f"{found}, and its 4-bit base quantised again (relative RMS error {error:.2g})"
         return seat.last if seat.called and _sharded(module) else found
+    four_bit = sys.modules.get("fastpeft.interop.peft_4bit")
+    if four_bit is not None and type(module) is four_bit.PeftLinear4bit:
+        return four_bit.why_left(module) or _NOT_APPLIED
     if type(module) is PeftLinear:
-        return "PEFT's own class: call fastpeft.apply(model), again after adding adapters to further layers"
+        return _NOT_APPLIED
     kind = f"{type(module).__module__.split('.')[-2:][0]}.{type(module).__name__}"  # peft.tuners.lora.layer: lora.Embedding
     return f"no fast path for {kind}{'' if isinstance(module, LoraLayer) else ', which is not a LoRA layer'}"
 
@@ -113,7 +125,9 @@ def _grouped(group: Group) -> bool:
     if any(map(_sharded, group.members)):
         return group.ran
     every = [member.fast_terms(None) for member in group.members]
-    return not any(isinstance(found, str) for found in every) and len({found.dropout_p for found in every}) == 1
+    if any(isinstance(found, str) for found in every) or len({found.dropout_p for found in every}) > 1:
+        return False
+    return len({found.base.compute_dtype for found in every if found.base is not None}) <= 1
 
 
 def _sharded(module: nn.Module) -> bool:
@@ -130,7 +144,15 @@ def _peft_arithmetic(module: nn.Module) -> str:
     return f"LoRA part in {names}" if names else ""
 
 
-def _arithmetic(weight: torch.Tensor, adapters: Iterable[torch.Tensor]) -> str:
+def _arithmetic(weight: torch.Tensor | Weight4bit, adapters: Sequence[torch.Tensor], base: Linear4bit | None) -> str:
+    if base is not None:
+        compute = "x's dtype" if base.compute_dtype is None else str(base.compute_dtype).removeprefix("torch.")
+        scales = ", 8-bit scales" if weight.nested else ""
+        return (
+            f"4-bit base ({weight.quant_type}, blocks of {weight.blocksize}{scales}), products in {compute}, float32 sums, "
+            f"{_dtypes(adapters)} adapters"
+        )
+    assert isinstance(weight, torch.Tensor)
     compute, masters = _dtypes([weight]), _dtypes(adapters)
     rounded = "" if masters == compute else f", {masters} adapters rounded in the kernel"
     return f"{compute} products, float32 sums{rounded}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +35,13 @@ _PATIENCE = 3  # passes in a row that left an output parked
 _FEW_ROWS = 64  # up to here inference gains nothing from one pass over x, and single calls have less to check
 
 
-def find(model: nn.Module, kind: type[nn.Module]) -> list[list[tuple[str, nn.Module]]]:
-    """Layers of exactly `kind` in one parent, with names that are known to read one x, and the same in_features."""
+def find(model: nn.Module, kinds: Collection[type[nn.Module]]) -> list[list[tuple[str, nn.Module]]]:
+    """Layers of exactly one of `kinds` in one parent, with names that are known to read one x, and the same in_features."""
     found = []
     for parent in model.modules():
         for names in NAMES:
             layers = [(name, parent._modules.get(name)) for name in names]
-            layers = [(name, layer) for name, layer in layers if type(layer) is kind]
+            layers = [(name, layer) for name, layer in layers if type(layer) in kinds]
             distinct = len({id(layer) for _, layer in layers}) == len(layers)
             if len(layers) > 1 and distinct and len({layer.in_features for _, layer in layers}) == 1:
                 found.append(layers)
@@ -177,6 +177,8 @@ class Group:
         every = [terms if i == index else member.fast_terms(x) for i, member in enumerate(members)]
         if any(isinstance(other, str) or other.dropout_p != terms.dropout_p for other in every):
             return None  # a sibling is on PEFT's code, or drops out with another probability
+        if any(other.base is not None for other in every) and len({other.dtype(x) for other in every}) > 1:
+            return None  # 4-bit bases with a compute_dtype of their own
         try:
             context, marks = _context(x), [_fingerprint(other) for other in every]
         except RuntimeError:
@@ -239,7 +241,11 @@ def _context(x: torch.Tensor) -> tuple[Any, ...]:
 def _fingerprint(terms: Terms) -> list[Any]:
     """Of the parameters and settings: equal means unchanged, as long as the older terms are alive."""
     marks: list[Any] = [terms.transposed, terms.dropout_p]
-    tensors = [terms.weight, terms.bias]
+    if terms.base is None:
+        tensors = [terms.weight, terms.bias]
+    else:
+        tensors = [terms.weight.data, terms.weight.scales, terms.bias]
+        marks.append(terms.base.compute_dtype)
     for a, b, bias, scaling in terms.adapters:
         tensors += (a, b, bias)
         if type(scaling) is torch.Tensor:
