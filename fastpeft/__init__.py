@@ -37,6 +37,10 @@ def apply(model: torch.nn.Module) -> Report:
     Parameters, their names, `state_dict` keys and optimizers stay valid. A layer that has no fast path runs PEFT's own
     code, and the report says why. Calling it again is harmless. Use it before `fully_shard` (FSDP2).
 
+    QLoRA: a bitsandbytes base becomes a `fastpeft.nn.Linear4bit` with the same bytes, state_dict keys and values, and its
+    frozen weight a new Parameter; `revert` and PEFT's `unload` give a bitsandbytes layer back. Merging into 4 bits rounds
+    (`base_layer.merge_error`), and unmerging restores the original bits.
+
     Raises:
         ValueError: the model holds no PEFT layer; it is left untouched.
         RuntimeError: the model was already sharded by FSDP2.
@@ -65,7 +69,7 @@ def quantize(
     """Replace every dense `nn.Linear` by a frozen `fastpeft.nn.Linear4bit`, in place, one at a time (QLoRA's base model).
 
     Args:
-        model: any module. PEFT's adapters in it stay dense. Weights float32, bfloat16 or float16, finite.
+        model: any module. PEFT's adapters and `modules_to_save` in it stay dense. Weights float32, bfloat16 or float16, finite.
         quant_type, blocksize, double_quant: as for `fastpeft.ops.quantize_4bit`.
         skip: names of modules; a layer with one of them in its dotted name stays dense.
         tile: lay the bytes out for the CPU kernels; False before FSDP2's `fully_shard`.

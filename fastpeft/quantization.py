@@ -107,10 +107,12 @@ def _reason(module: nn.Linear, parent: nn.Module | None) -> str | None:
 
 
 def _adapter_parts(model: nn.Module) -> Iterator[int]:
-    """The trained linear layers of PEFT's adapters."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    for module in model.modules() if tuners is not None else ():
-        if isinstance(module, tuners.BaseTunerLayer):
+    """What PEFT trains or saves beside the base: adapters, and `modules_to_save` with their originals."""
+    tuners, others = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
+    for module in model.modules() if tuners and others else ():
+        if isinstance(module, others.AuxiliaryTrainingWrapper):
+            yield from map(id, module.modules())
+        elif isinstance(module, tuners.BaseTunerLayer):
             for name in module.adapter_layer_names:
                 part = getattr(module, name, None)
                 if isinstance(part, nn.Module):

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fastpeft
+from fastpeft.nn import Linear4bit
 
 ALL = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -88,6 +89,22 @@ def double(model: nn.Module) -> nn.Module:
                 true.weight = norm.weight
                 setattr(parent, name, true)
     return exact
+
+
+def dense(model: nn.Module) -> nn.Module:
+    """A copy with dense float32 layers of the same values where the bases are in 4 bits, for `double`."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        base = getattr(layer, "base_layer", None)
+        if type(base).__name__ != "Linear4bit":  # ours or bitsandbytes'
+            continue
+        packed = base if isinstance(base, Linear4bit) else Linear4bit.from_bitsandbytes(base)
+        plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
+        plain.weight = nn.Parameter(packed.weight4bit.dequantize(torch.float32), requires_grad=False)
+        if base.bias is not None:
+            plain.bias = base.bias
+        layer.base_layer = plain
+    return model
 
 
 def adapters_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -42,7 +42,8 @@ def ranks(tmp_path_factory) -> list[dict]:
 
 @pytest.mark.verifies("lora_linear", "fsdp", backend="cpu", dtype=["float32", "bfloat16"])
 def test_ddp_and_fsdp2_train_as_peft_does(ranks):
-    """DDP, then FSDP2 by block and whole: in float32, with checkpointing, and in FSDP2's bfloat16 mixed precision."""
+    """DDP, then FSDP2 by block and whole: in float32, with checkpointing, and in FSDP2's bfloat16 mixed precision,
+    and over 4-bit bases."""
     for found in ranks:
         for name, (got, peer, exact) in found["training"].items():
             eps = torch.finfo(torch.bfloat16 if "bfloat16" in name else torch.float32).eps
@@ -100,22 +101,26 @@ def training() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     results = {}
     plain = _peft.peft_model()
     exact = train(DistributedDataParallel(_peft.double(plain)))
+    packed = fastpeft.quantize(copy.deepcopy(plain), tile=False)
+    exact_packed = train(DistributedDataParallel(_peft.double(_peft.dense(packed))))
     for name, wrap in {
         "ddp": DistributedDataParallel,
         "fsdp2": lambda model: shard(model, torch.float32, False),
         "fsdp2 checkpointed": lambda model: shard(model, torch.float32, True),
         "fsdp2 bfloat16": lambda model: shard(model, torch.bfloat16, False),
+        "ddp 4-bit": DistributedDataParallel,
+        "fsdp2 4-bit checkpointed": lambda model: shard(model, torch.float32, True),
     }.items():
         both = []
         for fast in (True, False):
-            model = copy.deepcopy(plain)
+            model = copy.deepcopy(packed if "4-bit" in name else plain)
             if fast:
                 report = fastpeft.apply(model)
             with _peft.counted_peft_calls() as calls:
                 both.append(train(wrap(model)))
             assert not fast or not calls, f"{name}: {len(calls)} calls of PEFT's forward"
             assert not fast or (report.groups == 4 and {row.path for row in report.layers} == {"fast"}), str(report)
-        results[name] = (*both, exact)
+        results[name] = (*both, exact_packed if "4-bit" in name else exact)
     return results
 
 

@@ -13,7 +13,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from _peft import ALL, adapters_in, assert_same_results, double, layers, output, run, runs, tokens
+from _peft import ALL, adapters_in, assert_same_results, dense, double, layers, output, run, runs, tokens
 from conftest import BUT_INTERPRETED
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -83,22 +83,6 @@ def pair(source="bitsandbytes", **settings):
     plain = qlora(source, **settings)
     fast = copy.deepcopy(plain)
     return fast, fastpeft.apply(fast), plain
-
-
-def dense(model: nn.Module) -> nn.Module:
-    """Copied, with dense layers of the same values, for the float64 oracle."""
-    model = copy.deepcopy(model)
-    for layer in model.modules():
-        base = getattr(layer, "base_layer", None)
-        if not isinstance(base, (bnb.nn.Linear4bit, Linear4bit)):
-            continue
-        packed = base if isinstance(base, Linear4bit) else Linear4bit.from_bitsandbytes(base)
-        plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
-        plain.weight = nn.Parameter(packed.weight4bit.dequantize(torch.float32), requires_grad=False)
-        if base.bias is not None:
-            plain.bias = base.bias
-        layer.base_layer = plain
-    return model
 
 
 def assert_like_peft(fast, plain, eps=2**-23, forward=output):
@@ -615,9 +599,11 @@ def test_nothing_to_apply_names_the_4_bit_layer():
         fastpeft.apply(nn.Sequential(Linear4bit(fastpeft.ops.quantize_4bit(torch.randn(4, 4)))))
 
 
-def test_quantize_after_peft_leaves_the_adapters():
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=ALL["llama"], init_lora_weights=False))
-    fastpeft.quantize(model)
+def test_quantize_after_peft_leaves_what_it_trains():
+    settings = {"target_modules": ALL["llama"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, **settings))
+    fastpeft.quantize(model, skip=())
+    assert type(model.base_model.model.lm_head.modules_to_save["default"]) is nn.Linear
     layer = layers(model)["q_proj"]
     assert type(layer.base_layer) is Linear4bit and type(layer.lora_A["default"]) is nn.Linear
     plain = copy.deepcopy(model)

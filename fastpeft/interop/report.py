@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..nn import Linear4bit, LoraLinear
-from ..weight4bit import Weight4bit
 from .siblings import Group, Seat
 
 _NOT_APPLIED = "PEFT's own class: call fastpeft.apply(model), again after adding adapters to further layers"
@@ -75,8 +74,9 @@ def known(module: nn.Module) -> bool:
 def _row(name: str, module: nn.Module) -> LayerReport:
     if isinstance(module, LoraLinear):
         base = module.base if isinstance(module.base, Linear4bit) else None
-        weight = module.base.weight if base is None else base.weight4bit
-        return LayerReport(name, "fast", "fastpeft.nn.LoraLinear", _arithmetic(weight, [module.lora_a], base))
+        return LayerReport(
+            name, "fast", "fastpeft.nn.LoraLinear", _arithmetic(module.base.weight, [module.lora_a], base)
+        )
     why = _why_peft(module)
     if why is not None:
         return LayerReport(name, "peft", why, _peft_arithmetic(module))
@@ -144,15 +144,12 @@ def _peft_arithmetic(module: nn.Module) -> str:
     return f"LoRA part in {names}" if names else ""
 
 
-def _arithmetic(weight: torch.Tensor | Weight4bit, adapters: Sequence[torch.Tensor], base: Linear4bit | None) -> str:
+def _arithmetic(weight: Any, adapters: Sequence[torch.Tensor], base: Linear4bit | None) -> str:
     if base is not None:
-        compute = "x's dtype" if base.compute_dtype is None else str(base.compute_dtype).removeprefix("torch.")
-        scales = ", 8-bit scales" if weight.nested else ""
-        return (
-            f"4-bit base ({weight.quant_type}, blocks of {weight.blocksize}{scales}), products in {compute}, float32 sums, "
-            f"{_dtypes(adapters)} adapters"
-        )
-    assert isinstance(weight, torch.Tensor)
+        form, compute = base.form, "x's dtype" if base.compute_dtype is None else str(base.compute_dtype)
+        about = f"{form.quant_type}, blocks of {form.blocksize}{', 8-bit scales' if form.nested else ''}"
+        compute = compute.removeprefix("torch.")
+        return f"4-bit base ({about}), products in {compute}, float32 sums, {_dtypes(adapters)} adapters"
     compute, masters = _dtypes([weight]), _dtypes(adapters)
     rounded = "" if masters == compute else f", {masters} adapters rounded in the kernel"
     return f"{compute} products, float32 sums{rounded}"

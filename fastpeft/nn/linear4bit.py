@@ -51,7 +51,7 @@ class Linear4bit(nn.Linear):
         self._origin: dict[str, Any] | None = None  # what a bitsandbytes layer was besides its tensors
         self._cached: Weight4bit | None = None
         self._cast: tuple[Weight4bit, Weight4bit] | None = None
-        self._form: Weight4bit  # shape, format and scales
+        self.form: Weight4bit  # shape, format and scales, without the bytes
         self._hold(weight)
         self.register_parameter("bias", _bias(bias, weight.shape[0]))
 
@@ -114,7 +114,7 @@ class Linear4bit(nn.Linear):
                 return cached
         if _sharded(weight):
             raise RuntimeError("Linear4bit: FSDP2 holds the weight in shards; it is whole only within forward")
-        form, data = self._form, weight.detach().reshape(-1)
+        form, data = self.form, weight.detach().reshape(-1)
         if _tiled(weight) != form.tiled:
             has = "in tiles" if form.tiled else "in bitsandbytes' order"
             raise RuntimeError(
@@ -124,7 +124,7 @@ class Linear4bit(nn.Linear):
         if data.dtype != torch.uint8:
             data = data.to(torch.uint8)  # cast by someone; a float of 8 bits or more holds 0…255 exactly
         if form.scales.device != data.device:  # FSDP2 moves parameters alone
-            form = self._form = _map(form, lambda t: t.to(data.device))
+            form = self.form = _map(form, lambda t: t.to(data.device))
         found = Weight4bit(
             data, form.scales, form.nested_absmax, form.offset, form.shape, form.dtype, form.quant_type, form.blocksize,
             form.tiled,
@@ -195,7 +195,7 @@ class Linear4bit(nn.Linear):
             self.weight = nn.Parameter(data, requires_grad=False)
         else:
             self.weight.data = data
-        self._form = replace(weight, data=data.new_empty(0))  # without the bytes: fully_shard must be able to free them
+        self.form = replace(weight, data=data.new_empty(0))  # without the bytes: fully_shard must be able to free them
         self._cached = self._cast = None
 
     # ---- the call ---------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class Linear4bit(nn.Linear):
         return dtype
 
     def extra_repr(self) -> str:
-        form = self._form
+        form = self.form
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"quant_type={form.quant_type}, blocksize={form.blocksize}, double_quant={form.nested}, "
@@ -234,7 +234,7 @@ class Linear4bit(nn.Linear):
             return moved if t.dtype != torch.uint8 or moved.dtype == torch.uint8 else t.to(moved.device)
 
         super()._apply(move, recurse)
-        self._form = _map(self._form, lambda t: move(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape))
+        self.form = _map(self.form, lambda t: move(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape))
         self._cached = self._cast = None
         if not _sharded(self.weight) and self._tile:
             self._hold(self._laid_out(self.weight4bit))
@@ -251,7 +251,7 @@ class Linear4bit(nn.Linear):
                     f"Linear4bit: {key} was sharded by FSDP2 in tiles, which no checkpoint knows: "
                     "call untile_() on the layer (or fp.quantize(..., tile=False)) before fully_shard"
                 )
-            state = self._form.state_dict(key) | {key: weight if keep_vars else weight.detach()}
+            state = self.form.state_dict(key) | {key: weight if keep_vars else weight.detach()}
         else:
             state = self.weight4bit.state_dict(key)
             if self.quant_storage != torch.uint8:
@@ -278,7 +278,7 @@ class Linear4bit(nn.Linear):
             if parts:
                 weight = self._read(parts, key, local_metadata.get("assign_to_params_buffers", False))
             elif strict:
-                missing_keys += [key, *(k for k in self._form.state_dict(key) if k != key)]
+                missing_keys += [key, *(k for k in self.form.state_dict(key) if k != key)]
             if self.bias is not None and bias_key in state_dict:
                 bias = state_dict[bias_key]
                 if not isinstance(bias, torch.Tensor) or bias.shape != self.bias.shape:
