@@ -136,7 +136,7 @@ def run(op: str, call: Call) -> list[torch.Tensor]:
 def _autocast(call: Call) -> Call:
     """Under autocast everything computes in its dtype, as `torch.nn.functional.linear` does."""
     x = call.x
-    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, torch.Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return call
     dtype = torch.get_autocast_dtype(x.device.type)
 
