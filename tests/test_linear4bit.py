@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from _close import assert_close
 from _guarded import Memory
+from conftest import cpu_levels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_lora_linear import EPS, GRADS, composition, in_double, problem, run
@@ -326,6 +327,15 @@ def test_linear4bit_against_float64(backend, n, k, dtype):
                 assert_close(mine, lower, true, f"{name} M={m}", eps=EPS[dtype], terms=sizes.detach())
             with torch.no_grad():
                 assert_close(linear4bit(x, weight, bias), low[0], exact[0], f"y M={m}", EPS[dtype], terms[0].detach())
+
+
+@pytest.mark.skipif("avx512bf16" not in cpu_levels(), reason="this machine has no AVX512-BF16")
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 9, 16, 17, 40])
+def test_dot_product_of_pairs(m, monkeypatch):
+    """The kernel that AMD's machines take, forced here."""
+    monkeypatch.setattr(linear4bit_cpu, "dot", lambda: 1)
+    for n, k in [(64, 64), (53, 72), (48, 576)]:
+        check_all(m, k, n, 5, torch.bfloat16, double_quant=bool(m % 2))
 
 
 @pytest.mark.verifies("lora_linear over Weight4bit", "forward", "backward")

@@ -10,6 +10,8 @@ using namespace fastpeft;
 constexpr int ROWS4 = 16, CODES4 = 8;  // a tile: 16 rows x 8 codes, a dword a row
 constexpr int LANES = ROWS4 / W;       // vectors of a tile's rows
 constexpr int64_t NESTED_BLOCK = 256;
+constexpr int64_t AHEAD = 8192;                                  // bytes of W that are on their way: 13 -> 18 GB/s
+constexpr int ODD_EVEN[CODES4] = {4, 0, 12, 8, 20, 16, 28, 24};  // where code k of a dword begins
 
 // Where things lie in a weight of either layout.
 struct Reader {

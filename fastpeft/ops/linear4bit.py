@@ -13,6 +13,7 @@ from ..reference import linear4bit as reference
 from ..weight4bit import BLOCKSIZES, QUANT_TYPES, Weight4bit
 from . import _check, linear4bit_cpu
 from ._backend import forced
+from .linear4bit_lean import lean
 from .lora_linear import run
 from .lora_linear_check import Call
 
@@ -69,6 +70,10 @@ def linear4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None = 
     """
     if not isinstance(weight, Weight4bit):
         _check.bad_type("linear4bit", "weight", "an fp.Weight4bit (see quantize_4bit)", weight)
+    if not torch.is_grad_enabled():
+        y = lean(x, weight, None, None, 1.0, bias, None)
+        if y is not None:
+            return y
     call = Call(x, (weight,), (bias,), (None,), (None,), (1.0,), (None,), 0.0, None)
     return run("linear4bit", call)[0]
 

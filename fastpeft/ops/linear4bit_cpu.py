@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from .. import _native
+from .. import _machine, _native
 from .._native import CODES
 from ..reference import linear4bit as reference
 from ..weight4bit import Weight4bit
+
+
+@functools.cache
+def dot() -> int:
+    """1 where bf16 rows take AVX512-BF16's dot product: AMD has it at twice the rate of FMAs, Intel below theirs."""
+    cpu = _machine.cpu()
+    return int("AVX512-BF16" in cpu["isa"] and "AMD" in cpu["model"])
 
 
 def arguments(weight: Weight4bit) -> tuple[int, ...]:
@@ -35,3 +44,17 @@ def dequantize(weight: Weight4bit, out: torch.Tensor, rows: slice, columns: slic
     if status:
         raise MemoryError(f"linear4bit_dequantize: no memory (status {status})")
     return out
+
+
+def grad_small(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
+    """dx [M, K] = dy W, for few rows dy [M, N], contiguous, and a tiled weight"""
+    (m, n), k = dy.shape, weight.shape[1]
+    dx = dy.new_empty(m, k)
+    status = _native.cpu().linear4bit_grad_small(
+        CODES[dy.dtype], dy.data_ptr(), m, n, *arguments(weight), dx.data_ptr(), k, torch.get_num_threads()
+    )
+    if status:
+        raise MemoryError(
+            f"linear4bit_grad_small: no memory for its workspace at M={m}, N={n}, K={k} (status {status})"
+        )
+    return dx
