@@ -332,10 +332,16 @@ def test_linear4bit_against_float64(backend, n, k, dtype):
 @pytest.mark.skipif("avx512bf16" not in cpu_levels(), reason="this machine has no AVX512-BF16")
 @pytest.mark.parametrize("m", [1, 2, 3, 5, 9, 16, 17, 40])
 def test_dot_product_of_pairs(m, monkeypatch):
-    """The kernel that AMD's machines take, forced here."""
+    """The kernel that AMD's machines take, forced here. With x that has a mean: there the rounding of the book counts."""
     monkeypatch.setattr(linear4bit_cpu, "dot", lambda: 1)
     for n, k in [(64, 64), (53, 72), (48, 576)]:
         check_all(m, k, n, 5, torch.bfloat16, double_quant=bool(m % 2))
+    for quant_type in ("nf4", "fp4"):
+        weight = quantize_4bit(torch.randn(32, 4096), quant_type=quant_type).to(torch.bfloat16)
+        x, dense = torch.rand(m, 4096).bfloat16(), exact_weight(weight)
+        y, low, exact = linear4bit(x, weight).float(), x.float() @ dense.bfloat16().float().t(), x.double() @ dense.t()
+        # sums in fp32 both, so that errors of the book are not hidden by those of y: only y's rounding is added
+        assert_close(y, low, exact, eps=2**-8)
 
 
 @pytest.mark.verifies("lora_linear over Weight4bit", "forward", "backward")

@@ -34,8 +34,13 @@ template <int M>
 void dot_group(float* out, int64_t ld, const Reader& reader, int64_t group, const float* scales,
                const uint32_t* pairs) {
   constexpr int CHAINS = M >= 8 ? 1 : M >= 4 ? 2 : 4;
+  // Rounded to bf16 as it is, NF4's book has errors of one sign that do not average out (2.6 times a dense weight's
+  // where x has a mean); multiplied by this factor, which the block's scale takes back, 0.7 times. FP4's is exact in
+  // twelfths.
+  const float factor = reader.w.codebook[ROWS4 - 1] == 1.0f ? 1.287098f : 12.0f;
+  const V book_values = mul(reader.book.values, set1(factor)), unscale = set1(1.0f / factor);
   alignas(64) bf16 twice[2 * ROWS4];
-  store2(twice, reader.book.values, reader.book.values);
+  store2(twice, book_values, book_values);
   const __m512i book = _mm512_load_si512(twice);
   const uint8_t* p = reader.tile(group);
   for (int m = 0; m < M; ++m) store(out + m * ld, zero());
@@ -57,7 +62,7 @@ void dot_group(float* out, int64_t ld, const Reader& reader, int64_t group, cons
                                                 (__m512bh)_mm512_set1_epi32((int)pairs[j * DOT_ROWS + m]));
       }
     }
-    const V scale = load(scales);
+    const V scale = mul(load(scales), unscale);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       V sum = acc[m][0];

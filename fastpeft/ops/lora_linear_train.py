@@ -112,8 +112,8 @@ class _Train(torch.autograd.Function):
                 y = torch.empty_strided((m, n), (n, 1), dtype=dtype)
                 status = native.linear4bit_small(
                     code, x_ptr, m, k, *linear4bit_cpu.arguments(weight), 0 if bias is None else bias.data_ptr(), code,
-                    y.data_ptr(), n, s_ptr, total, r, a_ptr, a_code, k, b_i.data_ptr(), CODES[b_i.dtype], r, scale.data_ptr(), 0, 0, 0,
-                    linear4bit_cpu.dot(), threads,
+                    y.data_ptr(), n, s_ptr, total, r, a_ptr, a_code, k, b_i.data_ptr(), CODES[b_i.dtype], r,
+                    scale.data_ptr(), 0, 0, 0, linear4bit_cpu.dot(), threads,
                 )  # fmt: skip
             elif small:
                 y = torch.empty_strided((m, n), (n, 1), dtype=dtype)
