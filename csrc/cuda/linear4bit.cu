@@ -30,14 +30,26 @@ struct StoredScale {
   uint32_t code;  // of double quantisation
 };
 
-__device__ __forceinline__ StoredScale load_scale(const Weight4bitCuda& w, int64_t block) {
-  if (!w.nested_absmax) return {((const float*)w.scales)[block], 0};
-  return {w.nested_absmax[block >> 8], ((const uint8_t*)w.scales)[block]};
-}
+struct Scales {
+  const float* values;
+  const uint8_t* codes;  // null: the values are the scales
+  int shift;             // codes that share a value
+  float offset;
 
-__device__ __forceinline__ float decode(const StoredScale& s, bool nested, const float* map, float offset) {
-  return nested ? __fadd_rn(__fmul_rn(map[s.code], s.value), offset) : s.value;
-}
+  __device__ __forceinline__ explicit Scales(const Weight4bitCuda& w)
+      : values(w.nested_absmax ? w.nested_absmax : (const float*)w.scales),
+        codes(w.nested_absmax ? (const uint8_t*)w.scales : nullptr),
+        shift(w.nested_absmax ? 8 : 0),
+        offset(w.nested_absmax ? *w.offset : 0.0f) {}
+
+  template <class Int>
+  __device__ __forceinline__ StoredScale load(Int block) const {
+    return {values[block >> shift], codes ? codes[block] : 0u};
+  }
+  __device__ __forceinline__ float decode(const StoredScale& s, const float* map) const {
+    return codes ? __fadd_rn(__fmul_rn(map[s.code], s.value), offset) : s.value;
+  }
+};
 
 // ---- dequantize ----
 
@@ -54,16 +66,16 @@ __global__ void __launch_bounds__(THREADS) dequantize_kernel(WithBook<Linear4bit
   if (threadIdx.x < 16) book[threadIdx.x] = args.book[threadIdx.x];
   __syncthreads();
   const int64_t count = w.N * w.K, first = (int64_t)blockIdx.x * THREADS * UNROLL + threadIdx.x;
-  const float offset = w.nested_absmax ? *w.offset : 0.0f;
+  const Scales scales(w);
   T* out = (T*)args.d.out;
   const bool aligned = (uintptr_t)w.data % 4 == 0 && (uintptr_t)out % 16 == 0;
   uint32_t words[UNROLL];
-  StoredScale scales[UNROLL];
+  StoredScale stored[UNROLL];
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
     const int64_t i = (first + u * THREADS) * 8;
     if (i >= count) continue;
-    scales[u] = load_scale(w, i >> w.log_blocksize);  // 8 weights share a block: they start at a multiple of 8
+    stored[u] = scales.load(i >> w.log_blocksize);  // 8 weights share a block: they start at a multiple of 8
     if (aligned && i + 8 <= count) {
       words[u] = *(const uint32_t*)(w.data + i / 2);
     } else {
@@ -76,7 +88,7 @@ __global__ void __launch_bounds__(THREADS) dequantize_kernel(WithBook<Linear4bit
   for (int u = 0; u < UNROLL; ++u) {
     const int64_t i = (first + u * THREADS) * 8;
     if (i >= count) continue;
-    const float scale = decode(scales[u], w.nested_absmax != nullptr, DYNAMIC_MAP, offset);
+    const float scale = scales.decode(stored[u], DYNAMIC_MAP);
     alignas(16) T values[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) values[j] = from_float<T>(__fmul_rn(book[words[u] >> (j ^ 1) * 4 & 15], scale));
@@ -110,14 +122,17 @@ __global__ void __launch_bounds__(THREADS) dequantize_kernel(WithBook<Linear4bit
 //
 // The book is rounded to T. Rounded as it stands, NF4's values come out 0.05 % of a typical weight too high on average
 // in bf16, which adds up where x has a mean; times 1.287098 they are right on average (2e-5). See `book_of`.
-constexpr int STEP = 128;               // k of a step
-constexpr int PAIRS = 256, BANKS = 32;  // of the table
+constexpr int STEP = 128;                          // k of a step
+constexpr int LOG_UNIT = 6, UNIT = 1 << LOG_UNIT;  // weights that surely share a scale; what 32 bits count
+constexpr int PAIRS = 256, BANKS = 32;             // of the table
 constexpr int TABLE_BYTES = PAIRS * BANKS * 4, MAP_BYTES = 256 * 4;
 
 template <int QUADS, int STAGES>
 constexpr size_t small_shared() {
   return TABLE_BYTES + MAP_BYTES + (size_t)WARPS * STAGES * 4 * QUADS * STEP * 2;
 }
+
+static_assert(small_shared<1, 4>() <= 99 << 10 && small_shared<4, 2>() <= 99 << 10, "what sm_86 and sm_89 have");
 
 template <class T>
 __device__ __forceinline__ uint32_t pair_of(float low, float high) {
@@ -161,33 +176,53 @@ __global__ void __launch_bounds__(THREADS) small_kernel(WithBook<Linear4bitSmall
   float* map = (float*)(memory + TABLE_BYTES / 16);  // [256]
   uint4* x_tiles = (uint4*)(map + 256);              // [WARPS, STAGES, MS, CHUNKS] of 8 elements
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int64_t n0 = (int64_t)blockIdx.x * ROWS, steps = ceil_div(w.K, STEP);
-  const bool nested = w.nested_absmax != nullptr, owns_x = g / 4 == t / 2;
-  const float offset = nested ? *w.offset : 0.0f;
+  const int64_t n0 = (int64_t)blockIdx.x * ROWS;
+  const int M = (int)d.M, steps = (int)ceil_div(w.K, STEP), units = (int)(w.K / UNIT);
+  const bool owns_x = g / 4 == t / 2;
+  const Scales scales(w);
   uint4* x_mine = x_tiles + warp * STAGES * MS * CHUNKS;
+  uint32_t bank = lane * 4;
+  hold(bank);
 
-  uint4 codes[STAGES][TILES][2];
-  StoredScale scales[STAGES][TILES][2];
-  const auto load = [&](uint4(&codes)[TILES][2], StoredScale(&scales)[TILES][2], uint4* x, int64_t step) {
-    const int64_t k = step * STEP + 32 * t;
+  // Two rows of x at a time, a chunk a lane. Chunks change places by row, so that 8 lanes read from 8 groups of banks.
+  const int chunk = lane % CHUNKS, second = lane / CHUNKS;
+  uint32_t x_even = second * CHUNKS + (chunk ^ second), x_odd = x_even ^ 2;
+  const T* from = (const T*)d.x.data + second * d.x.ld + chunk * 8;
+  const uint4* data = (const uint4*)w.data + t % 2;
+  hold(x_even), hold(x_odd), hold(from);
+  const int last = (int)ceil_div(w.K - chunk * 8, STEP);  // the first step in which the chunk lies past the end: zeros
+  const int log_block = w.log_blocksize - LOG_UNIT;
+
+  uint32_t rows[TILES][2];  // the first unit of each row; rows past the last are the last
 #pragma unroll
-    for (int i = 0; i < TILES * 2; ++i) {
-      const int64_t n = n0 + i / 2 * 16 + i % 2 * 8 + g, at = n * w.K + k;
-      const bool inside = n < w.N && k < w.K;
-      codes[i / 2][i % 2] = inside ? *(const uint4*)(w.data + at / 2) : uint4{0, 0, 0, 0};
-      scales[i / 2][i % 2] = inside ? load_scale(w, at >> w.log_blocksize) : StoredScale{0.0f, 0};
-    }
-    if (step < steps)
-      for (int i = lane; i < d.M * CHUNKS; i += 32) {
-        const int m = i / CHUNKS, c = i % CHUNKS;  // chunks change places, so that 8 lanes read from 8 groups of banks
-        const bool inside = step * STEP + c * 8 < w.K;
-        const T* from = (const T*)d.x.data + m * d.x.ld + step * STEP + c * 8;
-        copy_async(x + m * CHUNKS + (c ^ m % 4), inside ? from : (const T*)d.x.data, inside);
+  for (int i = 0; i < TILES * 2; ++i) {
+    const int64_t n = n0 + i / 2 * 16 + i % 2 * 8 + g;
+    rows[i / 2][i % 2] = (uint32_t)(n < w.N ? n : w.N - 1) * units;
+    hold(rows[i / 2][i % 2]);
+  }
+  uint4 codes[STAGES][TILES][2];
+  StoredScale stored[STAGES][TILES][2];
+  const auto load = [&](uint4(&codes)[TILES][2], StoredScale(&stored)[TILES][2], uint4* x, int step) {
+    if (step < steps) {
+      int unit = step * (STEP / UNIT) + t / 2;  // past the last: the last once more, times x = 0
+      unit = unit < units ? unit : units - 1;
+#pragma unroll
+      for (int i = 0; i < TILES * 2; ++i) {
+        const uint32_t at = rows[i / 2][i % 2] + unit;
+        codes[i / 2][i % 2] = data[(int64_t)at * 2];
+        stored[i / 2][i % 2] = scales.load(at >> log_block);
       }
+#pragma unroll
+      for (int i = 0; i < MS / 2; ++i) {
+        const int m = 2 * i + second;
+        if (m < M)
+          copy_async(x + 2 * i * CHUNKS + (i % 2 ? x_odd : x_even), from + 2 * i * d.x.ld + step * STEP, step < last);
+      }
+    }
     commit_copies();
   };
 #pragma unroll
-  for (int s = 0; s < STAGES; ++s) load(codes[s], scales[s], x_mine + s * MS * CHUNKS, warp + (int64_t)s * WARPS);
+  for (int s = 0; s < STAGES; ++s) load(codes[s], stored[s], x_mine + s * MS * CHUNKS, warp + s * WARPS);
 
   {  // a thread fills the row of one byte, starting at its own column: 8 threads write to 8 groups of banks
     const uint32_t pair = pair_of<T>(args.book[threadIdx.x / 16], args.book[threadIdx.x % 16]);
@@ -223,8 +258,7 @@ __global__ void __launch_bounds__(THREADS) small_kernel(WithBook<Linear4bitSmall
   }
   __syncthreads();
 
-  const auto compute = [&](const uint4(&codes)[TILES][2], const StoredScale(&scales)[TILES][2], const uint4* x) {
-    const uint32_t bank = lane * 4;
+  const auto compute = [&](const uint4(&codes)[TILES][2], const StoredScale(&stored)[TILES][2], const uint4* x) {
     const auto pair = [&](uint32_t word, int byte) {
       const uint32_t at = byte == 0 ? word << 7 : word >> (8 * byte - 7);
       return *(const uint32_t*)(table + ((at & (PAIRS - 1) << 7) | bank));
@@ -253,22 +287,22 @@ __global__ void __launch_bounds__(THREADS) small_kernel(WithBook<Linear4bitSmall
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float scale = decode(scales[tile][row], nested, map, offset) * args.unscale;
+        const float scale = scales.decode(stored[tile][row], map) * args.unscale;
 #pragma unroll
         for (int q = 0; q < QUADS; ++q)
 #pragma unroll
           for (int i = 0; i < 2; ++i) total[tile][q][2 * row + i] += scale * sum[tile][q][2 * row + i];
       }
   };
-  for (int64_t step = warp; step < steps; step += STAGES * WARPS) {
+  for (int step = warp; step < steps; step += STAGES * WARPS) {
 #pragma unroll
     for (int s = 0; s < STAGES; ++s) {
       uint4* x = x_mine + s * MS * CHUNKS;
       wait_copies<STAGES - 1>();
       __syncwarp();
-      if (step + s * WARPS < steps) compute(codes[s], scales[s], x);
+      if (step + s * WARPS < steps) compute(codes[s], stored[s], x);
       __syncwarp();
-      load(codes[s], scales[s], x, step + (int64_t)(s + STAGES) * WARPS);
+      load(codes[s], stored[s], x, step + (s + STAGES) * WARPS);
     }
   }
   wait_copies<0>();
@@ -304,11 +338,11 @@ __global__ void __launch_bounds__(THREADS) small_any_kernel(WithBook<Linear4bitS
   const int64_t n = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (n >= w.N) return;  // whole warps
-  const float offset = w.nested_absmax ? *w.offset : 0.0f;
+  const Scales scales(w);
   float acc[LINEAR4BIT_SMALL_M] = {};
   for (int64_t k = lane; k < w.K; k += 32) {
     const int64_t i = n * w.K + k;
-    const float scale = decode(load_scale(w, i >> w.log_blocksize), w.nested_absmax != nullptr, DYNAMIC_MAP, offset);
+    const float scale = scales.decode(scales.load(i >> w.log_blocksize), DYNAMIC_MAP);
     const float value = book[w.data[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale;
 #pragma unroll
     for (int m = 0; m < LINEAR4BIT_SMALL_M; ++m)
@@ -388,8 +422,8 @@ int linear4bit_dequantize(const Linear4bitDequantizeCuda& d, void* stream) {
 }
 
 bool linear4bit_small_is_fast(const Weight4bitCuda& w, const Matrix& x) {
-  return w.K % 64 == 0 && w.log_blocksize >= 6 && (uintptr_t)w.data % 16 == 0 && (uintptr_t)x.data % 16 == 0 &&
-         x.ld % 8 == 0;
+  return w.K % UNIT == 0 && w.log_blocksize >= LOG_UNIT && w.N * (w.K / UNIT) < 1ll << 31 &&
+         (uintptr_t)w.data % 16 == 0 && (uintptr_t)x.data % 16 == 0 && x.ld % 8 == 0;
 }
 
 int linear4bit_small(const Linear4bitSmallCuda& d, void* stream) {

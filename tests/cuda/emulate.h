@@ -189,6 +189,9 @@ T* shared_memory() {
   return (T*)at;
 }
 
+template <class T>
+void hold(T&) {}
+
 inline uint32_t shuffle_xor(uint32_t v, int lanes) {
   emulated::me().operands[0] = v;
   emulated::wait(1);
