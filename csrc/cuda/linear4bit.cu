@@ -116,12 +116,12 @@ __global__ void __launch_bounds__(THREADS) dequantize_kernel(WithBook<Linear4bit
 // for t >= 2. Lane l gets the sums of the columns 2t and 2t + 1, which belong to the half that it owns weights of: its
 // own two scales are the ones that it needs. The halves meet at the end.
 //
-// Instructions a weight: per byte a shift, an and-or, a lookup (1.5); products 1/8·QUADS; sums times scale
-// QUADS/16 and as many to clear; scales 0.3; x 0.1·QUADS/TILES: 2.2 for QUADS = 1, 2.8 for QUADS = 4. At 3 TB/s an
-// H100 has 4.9.
+// Instructions a weight: a shift, an and-or and a lookup a byte (1.5); products QUADS/8; sums times scale QUADS/16; the
+// rest is addresses and loads. In the disassembled loop for sm_90a: 3.4 for QUADS = 1, 4.4 for QUADS = 4. An H100
+// issues 4.9 in the time that 3 TB/s take for a weight.
 //
-// The book is rounded to T. Rounded as it stands, NF4's values come out 0.05 % of a typical weight too high on average
-// in bf16, which adds up where x has a mean; times 1.287098 they are right on average (2e-5). See `book_of`.
+// The book is rounded to T. Rounded as it stands in bf16, NF4's values are off by 0.05 % of a typical weight on
+// average, which adds up where x has a mean; times 1.287098 by 0.002 %. See `book_of`.
 constexpr int STEP = 128;                          // k of a step
 constexpr int LOG_UNIT = 6, UNIT = 1 << LOG_UNIT;  // weights that surely share a scale; what 32 bits count
 constexpr int PAIRS = 256, BANKS = 32;             // of the table
