@@ -14,7 +14,7 @@ from fastpeft import _native
 from fastpeft.ops import linear4bit_cuda, lora_linear_cuda
 from fastpeft.ops.linear4bit import quantize_4bit
 from fastpeft.reference import linear4bit as reference
-from fastpeft.weight4bit import BLOCKSIZES
+from fastpeft.weight4bit import BLOCKSIZES, Weight4bit
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
@@ -24,12 +24,10 @@ SPAN = lora_linear_cuda.Span
 @pytest.fixture(params=["cuda", pytest.param("cuda@cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     if request.param == "cuda@cuda":
-        with torch.device("cuda"):
-            yield request.param
-        return
+        return "cuda"
     module = _cuda_emulation.module()
     monkeypatch.setattr(_native, "cuda", lambda: module)
-    yield request.param
+    return "cpu"
 
 
 def quantized(w, quant_type="nf4", blocksize=64, nested=False):
@@ -42,14 +40,16 @@ def quantized(w, quant_type="nf4", blocksize=64, nested=False):
 
 def expected(weight, dtype):
     """[N, K]: the reference's, rounded once"""
+    weight = weight.untile()  # `.to("cpu")` has tiled it
     scales = weight.scales
     if weight.nested:
         scales = reference.dequantize_absmax(scales, weight.nested_absmax, weight.offset)
     return reference.dequantize(weight.data, scales, weight.shape, weight.quant_type, weight.blocksize, dtype)
 
 
-def dequantized(weight, dtype):
-    return linear4bit_cuda.dequantize(weight, torch.full(weight.shape, float("nan"), dtype=dtype))
+def dequantized(weight, dtype, device):
+    out = torch.full(weight.shape, float("nan"), dtype=dtype, device=device)
+    return linear4bit_cuda.dequantize(weight.to(device), out).cpu()
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -59,7 +59,7 @@ def test_dequantize_is_the_reference_bit_for_bit(device, quant_type, blocksize, 
     for shape in [(1, 1), (3, 5), (1, 8), (7, 37), (33, 64), (5, 1040), (129, 136)]:
         weight = quantized(torch.randn(shape), quant_type, blocksize, nested)
         for dtype in DTYPES:
-            got, want = dequantized(weight, dtype), expected(weight, dtype)
+            got, want = dequantized(weight, dtype, device), expected(weight, dtype)
             assert torch.equal(got, want), f"{shape} {dtype}"
 
 
@@ -70,28 +70,29 @@ def test_every_code_of_a_scale_is_decoded_as_the_reference_does(device):
     codes = (torch.arange(blocks) * 37 % 256).to(torch.uint8)
     absmax, offset = torch.rand(-(-blocks // 256)) + 0.1, torch.tensor(0.7)
     weight = replace(weight, scales=codes, nested_absmax=absmax, offset=offset)
-    assert torch.equal(dequantized(weight, torch.float32), expected(weight, torch.float32))
+    assert torch.equal(dequantized(weight, torch.float32, device), expected(weight, torch.float32))
 
 
 def test_dequantize_of_data_that_is_not_aligned(device):
     weight = quantized(torch.randn(17, 24))
-    data = torch.cat([weight.data[:1], weight.data])[1:]
-    out = torch.empty(17 * 24 + 1, dtype=torch.bfloat16)[1:].view(17, 24)
-    linear4bit_cuda.dequantize(replace(weight, data=data), out)
-    assert torch.equal(out, expected(weight, torch.bfloat16))
+    data = torch.cat([weight.data[:1], weight.data]).to(device)[1:]
+    out = torch.empty(17 * 24 + 1, dtype=torch.bfloat16, device=device)[1:].view(17, 24)
+    linear4bit_cuda.dequantize(replace(weight.to(device), data=data), out)
+    assert torch.equal(out.cpu(), expected(weight, torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
 def test_nothing(device, shape):
     weight = quantized(torch.randn(shape))
-    assert dequantized(weight, torch.bfloat16).shape == shape
-    y = small(problem(3, *reversed(shape), 0))
-    assert y.shape == (3, shape[0]) and (y == problem(3, *reversed(shape), 0)["bias"]).all()
+    assert dequantized(weight, torch.bfloat16, device).shape == shape
+    inputs = on(device, problem(3, *reversed(shape), 0))
+    y = small(inputs)
+    assert y.shape == (3, shape[0]) and (y == inputs["bias"]).all()
 
 
 def problem(m, k, n, r, dtype=torch.bfloat16, quant_type="nf4", blocksize=64, nested=False, b_dtype=torch.float32):
     """Arguments of `small`; s has columns of other projections around its own, x positive (rounding errors add up)."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     randn = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     return {
         "x": randn(m, k).abs().to(dtype),
@@ -103,6 +104,10 @@ def problem(m, k, n, r, dtype=torch.bfloat16, quant_type="nf4", blocksize=64, ne
         "span": SPAN(3, r, 0),
         "scale": torch.tensor(0.7) if r % 2 else torch.rand(r, generator=generator),
     }
+
+
+def on(device, inputs):
+    return {name: v.to(device) if isinstance(v, (torch.Tensor, Weight4bit)) else v for name, v in inputs.items()}
 
 
 def small(inputs):
@@ -124,16 +129,16 @@ def composition(inputs, dtype, absolute=False):
 
 
 def check(inputs):
-    y = small(inputs)
+    y, inputs = small(inputs), on("cpu", inputs)
     exact, terms = composition(inputs, torch.float64), composition(inputs, torch.float64, absolute=True)
-    assert_close(y, composition(inputs, inputs["x"].dtype), exact, terms=terms)
+    assert_close(y.cpu(), composition(inputs, inputs["x"].dtype), exact, terms=terms)
     return y
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("m", range(1, 17))
 def test_small_for_all_rows(device, m, dtype):
-    check(problem(m, 320, 40, 16, dtype))
+    check(on(device, problem(m, 320, 40, 16, dtype)))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -155,7 +160,7 @@ def test_small_for_all_rows(device, m, dtype):
     ],
 )
 def test_small_for_ugly_shapes(device, m, k, n, r, blocksize, dtype):
-    inputs = problem(m, k, n, r, dtype, blocksize=blocksize, nested=r % 2 == 0)
+    inputs = on(device, problem(m, k, n, r, dtype, blocksize=blocksize, nested=r % 2 == 0))
     assert linear4bit_cuda.is_fast(inputs["x"], inputs["weight"]) == (k % 64 == 0 and blocksize > 32)
     check(inputs)
 
@@ -164,7 +169,7 @@ def test_small_for_ugly_shapes(device, m, k, n, r, blocksize, dtype):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_small_for_all_kinds_of_weight(device, quant_type, nested):
     for m, dtype in ((1, torch.bfloat16), (16, torch.float16)):
-        check(problem(m, 640, 48, 0, dtype, quant_type, nested=nested))
+        check(on(device, problem(m, 640, 48, 0, dtype, quant_type, nested=nested)))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -175,13 +180,13 @@ def test_rounding_the_code_book_leaves_no_mean_error(device, quant_type, dtype):
     inputs |= {"x": torch.ones(1, 4096, dtype=dtype), "bias": None}
     w, rounded = expected(inputs["weight"], torch.float64), expected(inputs["weight"], dtype).double()
     inputs["bias"] = -w.sum(1).float()  # so that rounding y does not hide it
-    error, exact = small(inputs).double().abs().max(), (rounded - w).sum(1).abs().max()
+    error, exact = small(on(device, inputs)).cpu().double().abs().max(), (rounded - w).sum(1).abs().max()
     assert error <= 2 * exact + 1e-6 * w.abs().sum(1).max()
 
 
 @pytest.mark.parametrize("b_dtype", HALVES, ids=str)
 def test_small_takes_adapters_of_other_dtypes_and_strides(device, b_dtype):
-    inputs = problem(5, 64, 24, 12, torch.bfloat16, b_dtype=b_dtype)
+    inputs = on(device, problem(5, 64, 24, 12, torch.bfloat16, b_dtype=b_dtype))
     y = check(inputs)
     inputs["b"] = inputs["b"].t().contiguous().t()
     inputs["s"] = torch.cat([inputs["s"], inputs["s"]], 1)[:, : inputs["s"].shape[1]]
@@ -194,20 +199,20 @@ def test_small_takes_adapters_of_other_dtypes_and_strides(device, b_dtype):
 
 
 def test_without_rows(device):
-    assert small(problem(0, 64, 24, 12)).shape == (0, 24)
+    assert small(on(device, problem(0, 64, 24, 12))).shape == (0, 24)
 
 
 @pytest.mark.parametrize("m", [3, 9])
 @pytest.mark.parametrize("k", [192, 70])
 def test_the_same_bits_every_time(device, m, k):
-    inputs = problem(m, k, 40, 24, nested=True)
+    inputs = on(device, problem(m, k, 40, 24, nested=True))
     assert torch.equal(small(inputs), small(inputs))
 
 
 @pytest.mark.parametrize("m", [4, 7])
 @pytest.mark.parametrize("k", [192, 70])
 def test_not_a_number_reaches_its_row_and_nothing_else(device, m, k):
-    inputs = problem(m, k, 24, 8)
+    inputs = on(device, problem(m, k, 24, 8))
     clean = small(inputs)
     inputs["x"][2, 3] = float("nan")
     y = small(inputs)
