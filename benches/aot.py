@@ -184,6 +184,8 @@ def cuda_kernels(capability: int) -> list[Compiled]:
     found, arch = [], f"sm_{capability}{'a' if capability >= 90 else ''}"
     code = f"-gencode=arch=compute_{arch[3:]},code={arch}"
     for source in sorted(CUDA.glob("*.cu")):
+        threads = re.search(r"\bTHREADS = (\d+)", source.read_text())
+        assert threads, f"{source.name} names no THREADS"
         command = [nvcc, "-std=c++17", "-O3", code, "-cubin", "-Xptxas", "-v", str(source), "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         said = subprocess.run(["c++filt", "-p"], input=said, capture_output=True, text=True, check=True).stdout
@@ -195,7 +197,7 @@ def cuda_kernels(capability: int) -> list[Compiled]:
                     f"CUDA {kernel}",
                     of or "",
                     arch,
-                    4,
+                    int(threads[1]) // 32,
                     int(registers),
                     int(spills),
                     0,

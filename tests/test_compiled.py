@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,10 +23,18 @@ def test_the_table_keeps_the_bounds_and_misses_no_kernel():
     for target in ("sm_80", "sm_90a"):
         names = {row.kernel for row in rows if row.target == target}
         triton = (ROOT / "kernels" / "fastpeft_kernels" / "lora_linear.py").read_text().split("def ")[1:]
-        cuda = (ROOT / "csrc" / "cuda" / "lora_linear.cu").read_text().split(" void ")
+        cuda = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
         wanted = {text.split("(")[0] for text in triton if text.split("(")[0].endswith("_kernel")}
-        wanted |= {f"CUDA {name}" for text in cuda if (name := text.split("(")[0].split(" ")[-1]).endswith("_kernel")}
+        wanted |= {f"CUDA {name}" for name in re.findall(r"\b(\w+_kernel)\(", cuda)}
         assert wanted and wanted <= names, f"{target}: run `python -m benches.aot --write`; missing {wanted - names}"
+
+
+def test_products_with_few_rows_leave_registers_for_two_blocks():
+    """256 threads: 128 registers for up to 4 rows (two blocks cover each other's start); no spills where x takes more."""
+    rows = [row for row in aot.read_table() if row.kernel == "CUDA small_kernel"]
+    assert len(rows) == 8
+    for row in rows:
+        assert row.spills == 0 and row.registers <= (128 if row.config.endswith("1, 1, 4") else 255), row
 
 
 def test_bounds_bind():
