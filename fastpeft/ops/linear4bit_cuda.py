@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from .. import _native
+from .._native import CODES
 from ..weight4bit import QUANT_TYPES, Weight4bit
-from .lora_linear_cpu import CODES, _ptr, _stride
+from .lora_linear_cpu import _ptr, _stride
 from .lora_linear_cuda import _call, _matrix
 
 SMALL_M = 16  # rows that `small` takes
