@@ -87,13 +87,13 @@ class _NoGpu:
 
 
 @contextlib.contextmanager
-def compiling(capability: int, launchers: Any) -> Iterator[list[tuple[str, str, Any]]]:
+def compiling(capability: int, *launchers: Any) -> Iterator[list[tuple[str, str, Any]]]:
     """Inside, every launch of a Triton kernel compiles it instead, and is listed as (kernel, configuration, binary)."""
     import triton
     from triton.runtime.jit import JITFunction
 
     found: list[tuple[str, str, Any]] = []
-    run, saved = JITFunction.run, (launchers.capability, launchers.multiprocessors)
+    run, saved = JITFunction.run, [(module.capability, module.multiprocessors) for module in launchers]
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         binary = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -110,13 +110,15 @@ def compiling(capability: int, launchers: Any) -> Iterator[list[tuple[str, str, 
 
     triton.runtime.driver.set_active(_NoGpu(capability))
     JITFunction.run = compile_only
-    launchers.capability = lambda device: divmod(capability, 10)
-    launchers.multiprocessors = lambda device: TARGETS[capability][0]
+    for module in launchers:
+        module.capability = lambda device: divmod(capability, 10)
+        module.multiprocessors = lambda device: TARGETS[capability][0]
     try:
         yield found
     finally:
         JITFunction.run = run
-        launchers.capability, launchers.multiprocessors = saved
+        for module, (one, other) in zip(launchers, saved):
+            module.capability, module.multiprocessors = one, other
 
 
 def report(kernel: str, config: str, binary: Any, capability: int) -> Compiled:
@@ -174,6 +176,38 @@ def lora_linear() -> None:
                     op.backward(
                         op.triton_passes, [dy] * count, x, s, *whole[:1], *whole[2:5], p, seed, True, yes, yes, yes
                     )
+
+
+def linear4bit(launchers: Any) -> None:
+    """The launchers alone, at the sizes they tell apart: few rows and many, nested scales or not, a K no word of codes fits."""
+    for dtype, sizes in (
+        (torch.bfloat16, (16, 64, 512, 8192)),
+        (torch.float16, (16, 512)),
+        (torch.float32, (16, 512)),
+    ):
+        for m in sizes:
+            for nested in (False, True):
+                packed(launchers, m, 4096, 4096, dtype, nested, 0.0)
+    packed(launchers, 8192, 4096, 4096, torch.bfloat16, True, 0.1)
+    packed(launchers, 512, 4096, 4304, torch.bfloat16, True, 0.0)
+    packed(launchers, 512, 4096, 4098, torch.bfloat16, True, 0.0)
+
+
+def packed(launchers: Any, m: int, n: int, k: int, dtype: torch.dtype, nested: bool, p: float) -> None:
+    """One layer with a rank of 16: the weight decoded apart, forward, backward into dx and onto it."""
+    from fastpeft.weight4bit import Weight4bit
+
+    r, blocks = 16, -(-n * k // 64)
+    scales = torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32)
+    absmax, offset = (torch.empty(-(-blocks // 256)), torch.empty(())) if nested else (None, None)
+    data = torch.empty(n * k // 2, dtype=torch.uint8)
+    weight = Weight4bit(data, scales, absmax, offset, (n, k), dtype, "nf4", 64)
+    x, dy, s = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.empty(m, r, dtype=dtype)
+    a, b, bias, span = torch.empty(r, k), torch.empty(n, r), torch.empty(n, dtype=dtype), launchers.Span(0, r, 0)
+    launchers.dequantize(weight, torch.empty(n, k, dtype=dtype))
+    launchers.project(x, weight, bias, None, s, b, span, torch.ones(()))
+    for accumulate in (False, True):
+        launchers.combine(dy, weight, x, accumulate, s, [a], [span], p, torch.tensor(1) if p else None)
 
 
 def cuda_kernels(capability: int) -> list[Compiled]:
@@ -236,13 +270,14 @@ def read_table() -> list[Compiled]:
 def compile_all(capabilities: Iterable[int] = TARGETS) -> list[Compiled]:
     from fastpeft import _native
 
-    launchers = _native.triton("lora_linear")
-    if launchers is None:
+    launchers = [_native.triton(stem) for stem in ("lora_linear", "linear4bit")]
+    if launchers[0] is None:
         raise SystemExit(_native.why_not_triton("lora_linear"))
     found = []
     for capability in capabilities:
-        with compiling(capability, launchers) as kernels:
+        with compiling(capability, *launchers) as kernels:
             lora_linear()
+            linear4bit(launchers[1])
         unique = {(name, config): binary for name, config, binary in kernels}
         found += [report(name, config, binary, capability) for (name, config), binary in unique.items()]
         found += cuda_kernels(capability)
