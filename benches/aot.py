@@ -179,7 +179,8 @@ def lora_linear() -> None:
 
 
 def linear4bit(launchers: Any) -> None:
-    """The launchers alone, at the sizes they tell apart: few rows and many, nested scales or not, a K no word of codes fits."""
+    """The launchers alone, at the sizes they tell apart: few rows and many, nested scales or not; dropout, a K that is not a
+    multiple of the blocksize, and one that no word of 8 codes fits."""
     for dtype, sizes in (
         (torch.bfloat16, (16, 64, 512, 8192)),
         (torch.float16, (16, 512)),

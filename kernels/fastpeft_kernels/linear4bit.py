@@ -38,7 +38,7 @@ def lane_table(book_ptr, SHUFFLE: tl.constexpr):
 
 @triton.jit
 def look_up(table, codes, SHUFFLE: tl.constexpr):
-    """codebook[codes mod 16]; codes uint32. A shuffle reads the low bits alone: lane = code mod 16 + its own half of the warp."""
+    """codebook[codes mod 16]; codes uint32. A shuffle uses the low four bits alone, within a half of the warp."""
     if SHUFFLE:
         values = tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;", "=f,f,r", [table, codes],
@@ -50,13 +50,15 @@ def look_up(table, codes, SHUFFLE: tl.constexpr):
 
 
 @triton.jit
-def scale_of(blocks, inside, scales_ptr, absmax_ptr, offset_ptr, map_ptr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr):
-    """float32 scales of blocks (int64), 0 where not inside; nested: the product is rounded, then the sum, as PyTorch does."""
-    if not NESTED:
-        scale = tl.load(scales_ptr + blocks, mask=inside, other=0.0)
-    else:
-        code = tl.load(scales_ptr + blocks, mask=inside, other=0).to(tl.int32)
-        value = tl.load(map_ptr + code)
+def scale_of(
+    blocks, inside, codes, scales_ptr, absmax_ptr, offset_ptr, map_ptr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr
+):
+    """float32 scales of blocks (int64), 0 where not inside. Nested: their codes may be at hand; the product is rounded, then
+    the sum, as PyTorch does."""
+    if NESTED:
+        if codes is None:
+            codes = tl.load(scales_ptr + blocks, mask=inside, other=0)
+        value = tl.load(map_ptr + codes.to(tl.int32))
         absmax = tl.load(absmax_ptr + blocks // 256, mask=inside, other=0.0)
         if SHUFFLE:  # an FMA would round once; mul.rn is never made one
             product = tl.inline_asm_elementwise(
@@ -65,7 +67,26 @@ def scale_of(blocks, inside, scales_ptr, absmax_ptr, offset_ptr, map_ptr, NESTED
         else:
             product = value * absmax
         scale = tl.where(inside, product + tl.load(offset_ptr), 0.0)
+    else:
+        scale = tl.load(scales_ptr + blocks, mask=inside, other=0.0)
     return scale
+
+
+@triton.jit
+def blocks_of(n, k, N, K, BLOCKSIZE: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS // UNIT] of a tile of W: the block (int64) of each UNIT weights of a row, and whether it is inside."""
+    rows = tl.cast(n, tl.int64) + tl.arange(0, ROWS)
+    units = k + tl.arange(0, COLUMNS // UNIT) * UNIT
+    return (rows[:, None] * K + units[None, :]) // BLOCKSIZE, (rows < N)[:, None] & (units < K)[None, :]
+
+
+@triton.jit
+def scale_codes_of(
+    n, k, scales_ptr, N, K, BLOCKSIZE: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """uint8 [ROWS, COLUMNS // UNIT]: the codes of a tile's nested scales"""
+    blocks, inside = blocks_of(n, k, N, K, BLOCKSIZE, UNIT, ROWS, COLUMNS)
+    return tl.load(scales_ptr + blocks, mask=inside, other=0)
 
 
 @triton.jit
@@ -82,7 +103,9 @@ def linear4bit_dequantize_kernel(
     values = look_up(table, tl.reshape(tl.join(data >> 4, data), (BLOCK,)), SHUFFLE)
     units = first + tl.arange(0, BLOCK // UNIT) * UNIT
     # [BLOCK // UNIT]
-    scale = scale_of(units // BLOCKSIZE, units < SIZE, scales_ptr, absmax_ptr, offset_ptr, map_ptr, NESTED, SHUFFLE)
+    scale = scale_of(
+        units // BLOCKSIZE, units < SIZE, None, scales_ptr, absmax_ptr, offset_ptr, map_ptr, NESTED, SHUFFLE
+    )
     w = tl.reshape(tl.reshape(values, (BLOCK // UNIT, UNIT)) * scale[:, None], (BLOCK,))
     flat = first + tl.arange(0, BLOCK)
     tl.store(out_ptr + flat, w.to(out_ptr.dtype.element_ty), mask=flat < SIZE)
@@ -90,12 +113,13 @@ def linear4bit_dequantize_kernel(
 
 @triton.jit
 def decode_tile(
-    n, k, codes_ptr, table, scales_ptr, absmax_ptr, offset_ptr, map_ptr, N, K, BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr, UNIT: tl.constexpr, WORDS: tl.constexpr, SHUFFLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    n, k, scale_codes, codes_ptr, table, scales_ptr, absmax_ptr, offset_ptr, map_ptr, N, K, BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr, UNIT: tl.constexpr, WORDS: tl.constexpr, SHUFFLE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """w[ROWS, COLUMNS] from row n, column k on, float32; ±0 outside.
 
-    WORDS: codes_ptr is of uint32, 8 codes each, none across rows; UNIT consecutive weights share a scale whatever the row.
+    WORDS: codes_ptr is of int32, 8 codes each, none across rows; UNIT consecutive weights share a scale whatever the row.
     Else of bytes, and each weight finds its own byte, half and scale.
     """
     rows = tl.cast(n, tl.int64) + tl.arange(0, ROWS)
@@ -110,11 +134,9 @@ def decode_tile(
         codes = tl.join(codes, codes >> 16)
         codes = tl.join(codes, codes >> 8)
         codes = tl.reshape(tl.join(codes >> 4, codes), (ROWS, COLUMNS))
-        units = k + tl.arange(0, COLUMNS // UNIT) * UNIT
-        inside = (rows < N)[:, None] & (units < K)[None, :]
         # [ROWS, COLUMNS // UNIT]
-        blocks = (rows[:, None] * K + units[None, :]) // BLOCKSIZE
-        scale = scale_of(blocks, inside, scales_ptr, absmax_ptr, offset_ptr, map_ptr, NESTED, SHUFFLE)
+        blocks, inside = blocks_of(n, k, N, K, BLOCKSIZE, UNIT, ROWS, COLUMNS)
+        scale = scale_of(blocks, inside, scale_codes, scales_ptr, absmax_ptr, offset_ptr, map_ptr, NESTED, SHUFFLE)
         values = tl.reshape(look_up(table, codes, SHUFFLE), (ROWS, COLUMNS // UNIT, UNIT))
         w = tl.reshape(values * scale[:, :, None], (ROWS, COLUMNS))
     else:
@@ -123,7 +145,8 @@ def decode_tile(
         flat = rows[:, None] * K + columns[None, :]  # [ROWS, COLUMNS]
         byte = tl.load(codes_ptr + flat // 2, mask=inside, other=0).to(tl.uint32)
         codes = byte >> (4 - 4 * (flat % 2)).to(tl.uint32)
-        scale = scale_of(flat // BLOCKSIZE, inside, scales_ptr, absmax_ptr, offset_ptr, map_ptr, NESTED, SHUFFLE)
+        blocks = flat // BLOCKSIZE
+        scale = scale_of(blocks, inside, None, scales_ptr, absmax_ptr, offset_ptr, map_ptr, NESTED, SHUFFLE)
         w = look_up(table, codes, SHUFFLE) * scale
     return w
 
@@ -156,9 +179,10 @@ def linear4bit_gemm_kernel(
     l_ptr, out_ptr, parts_ptr, codes_ptr, scales_ptr, absmax_ptr, offset_ptr, book_ptr, map_ptr, s_ptr, up_ptrs, scale_ptr,
     bias_ptr, lora_bias_ptr, seed_ptr, keep_threshold, keep_value, M, C, J, part_j, stride_lm, stride_om, stride_sm,
     stride_ur, stride_uc, stride_scale, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr,
-    WORDS: tl.constexpr, SHUFFLE: tl.constexpr, FIRST: tl.constexpr, RANKS: tl.constexpr, INDEX: tl.constexpr, DROPOUT: tl.constexpr,
-    ACCUMULATE: tl.constexpr, DESCRIPTORS: tl.constexpr, W_IS_CJ: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    WORDS: tl.constexpr, SHUFFLE: tl.constexpr, FIRST: tl.constexpr, RANKS: tl.constexpr, INDEX: tl.constexpr,
+    DROPOUT: tl.constexpr, ACCUMULATE: tl.constexpr, DESCRIPTORS: tl.constexpr, W_IS_CJ: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out[m, c] (+)= Σ_j l[m, j] w[j, c] + Σ_i drop_i(s_i · scale·up_i)[m, c] + bias[c] + lora_bias[c]
 
@@ -174,8 +198,18 @@ def linear4bit_gemm_kernel(
     c = tile % (GROUP_M * tiles_c) // in_group * BLOCK_C
     rows = tl.cast(m, tl.int64) + tl.arange(0, BLOCK_M)
     table = lane_table(book_ptr, SHUFFLE)
+    N, K = C if W_IS_CJ else J, J if W_IS_CJ else C
+    ROWS: tl.constexpr = BLOCK_C if W_IS_CJ else BLOCK_J
+    COLUMNS: tl.constexpr = BLOCK_J if W_IS_CJ else BLOCK_C
+    first, end = part * part_j, min(J, (part + 1) * part_j)
+    # the codes of nested scales are read a tile ahead: they are addresses, and each tile would wait for its own
+    ahead = None
+    if NESTED and WORDS:
+        ahead = scale_codes_of(
+            c if W_IS_CJ else first, first if W_IS_CJ else c, scales_ptr, N, K, BLOCKSIZE, UNIT, ROWS, COLUMNS
+        )
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for j in range(part * part_j, min(J, (part + 1) * part_j), BLOCK_J):
+    for j in range(first, end, BLOCK_J):
         if DESCRIPTORS:
             left = l_ptr.load([m, j])
         else:
@@ -184,19 +218,17 @@ def linear4bit_gemm_kernel(
             left = tl.load(
                 l_ptr + rows[:, None] * stride_lm + js[None, :], mask=(rows < M)[:, None] & (js < J)[None, :], other=0.0
             )
-        if W_IS_CJ:
-            w = decode_tile(
-                c, j, codes_ptr, table, scales_ptr, absmax_ptr, offset_ptr, map_ptr, C, J, BLOCKSIZE, NESTED, UNIT, WORDS, SHUFFLE,
-                BLOCK_C, BLOCK_J,
-            )  # fmt: skip
-            w = w.to(left.dtype).T
-        else:
-            w = decode_tile(
-                j, c, codes_ptr, table, scales_ptr, absmax_ptr, offset_ptr, map_ptr, J, C, BLOCKSIZE, NESTED, UNIT, WORDS, SHUFFLE,
-                BLOCK_J, BLOCK_C,
-            )  # fmt: skip
-            w = w.to(left.dtype)
-        acc = tl.dot(left, w, acc, input_precision=PRECISION)
+        now = ahead
+        if NESTED and WORDS:
+            then = j + BLOCK_J
+            ahead = scale_codes_of(
+                c if W_IS_CJ else then, then if W_IS_CJ else c, scales_ptr, N, K, BLOCKSIZE, UNIT, ROWS, COLUMNS
+            )
+        w = decode_tile(
+            c if W_IS_CJ else j, j if W_IS_CJ else c, now, codes_ptr, table, scales_ptr, absmax_ptr, offset_ptr, map_ptr, N, K,
+            BLOCKSIZE, NESTED, UNIT, WORDS, SHUFFLE, ROWS, COLUMNS,
+        ).to(left.dtype)  # fmt: skip
+        acc = tl.dot(left, w.T if W_IS_CJ else w, acc, input_precision=PRECISION)
     columns = c + tl.arange(0, BLOCK_C)
     if SPLIT:
         parts = parts_ptr + (part.to(tl.int64) * M + rows)[:, None] * C + columns[None, :]

@@ -113,18 +113,23 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def _tiles(m: int, c: int, j: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """Not measured yet (benches/LOG.md). Rows enough that decoding, once a tile of rows, hides behind the products; two programs
-    an SM, so that one decodes while the other multiplies."""
+def _tiles(m: int, c: int, j: int, dtype: torch.dtype, words: bool, p: float, device: torch.device) -> Tiles:
+    """Not measured yet (benches/LOG.md). Up to 64 rows decoding is the work, and wgmma's 64 rows cost less than moving W into
+    mma's registers. Past that 128 rows share a decoded weight, and two or three programs an SM decode while others multiply:
+    128 columns leave 128 registers a thread, but not with a mask to draw (benches/COMPILED.md).
+    """
+    sms = multiprocessors(device)
     if dtype == torch.float32:
-        block_m, block_c, block_j, warps, stages = (16 if m <= 16 else 64), 64, 32, 4 if m <= 16 else 8, 3
+        tiles, an_sm = Tiles(16 if m <= 16 else 64, 64, 32, 1, 4 if m <= 16 else 8, 3), 2
+    elif not words:
+        tiles, an_sm = Tiles(_block(m, 64), 64, 32, 1, 4, 2), 3
     elif m <= 64:
-        block_m, block_c, block_j, warps, stages = _block(m, 64), 64, 128, 4, 3
+        tiles, an_sm = Tiles(64 if capability(device)[0] in (9, 10) else _block(m, 64), 64, 128, 1, 4, 3), 3
     else:
-        block_m, block_c, block_j, warps, stages = 128, 128, 64, 8, 3
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(c, block_c)
-    parts = max(1, min(2 * multiprocessors(device) // tiles, triton.cdiv(j, 4 * block_j), 16))
-    return Tiles(block_m, block_c, block_j, parts, warps, stages)
+        full = p == 0.0 and triton.cdiv(m, 128) * triton.cdiv(c, 128) >= 2 * sms
+        tiles, an_sm = Tiles(128, 128 if full else 64, 64, 1, 8, 3), 2
+    count = triton.cdiv(m, tiles.m) * triton.cdiv(c, tiles.c)
+    return tiles._replace(parts=max(1, min(an_sm * sms // count, triton.cdiv(j, 4 * tiles.j), 16)))
 
 
 def _gemm(left, weight, w_is_cj, out, accumulate, s, ups, spans, up_strides, scale, bias, lora_bias, p, seed):
@@ -132,11 +137,11 @@ def _gemm(left, weight, w_is_cj, out, accumulate, s, ups, spans, up_strides, sca
     (m, j), c = left.shape, out.shape[1]
     if m == 0 or c == 0:
         return
-    tiles = _tiles(m, c, j, left.dtype, left.device)
+    codes, words = _codes(weight)
+    tiles = _tiles(m, c, j, left.dtype, words, p, left.device)
     part_j = triton.cdiv(triton.cdiv(j, tiles.parts), tiles.j) * tiles.j
     count = max(1, triton.cdiv(j, max(part_j, 1)))
     parts = None if count == 1 else torch.empty((count, m, c), dtype=torch.float32, device=left.device)
-    codes, words = _codes(weight)
     descriptors = capability(left.device)[0] >= 9 and _describable(left)
     # what comes after the sum: in the GEMM's own epilogue, or in that of the sum over parts
     rest = {
@@ -153,9 +158,9 @@ def _gemm(left, weight, w_is_cj, out, accumulate, s, ups, spans, up_strides, sca
     l_arg = TensorDescriptor.from_tensor(left, [tiles.m, tiles.j]) if descriptors else left
     kernels.linear4bit_gemm_kernel[(triton.cdiv(m, tiles.m) * triton.cdiv(c, tiles.c), count)](
         l_arg, out, parts, codes, J=j, part_j=part_j, stride_lm=left.stride(0),
-        UNIT=math.gcd(weight.shape[1], weight.blocksize, tiles.j if w_is_cj else tiles.c), WORDS=words,
-        DESCRIPTORS=descriptors, W_IS_CJ=w_is_cj, SPLIT=parts is not None, BLOCK_M=tiles.m, BLOCK_C=tiles.c, BLOCK_J=tiles.j, GROUP_M=8,
-        num_warps=tiles.warps, num_stages=tiles.stages, **_scales(weight), **alone,
+        UNIT=math.gcd(weight.shape[1], weight.blocksize, tiles.j if w_is_cj else tiles.c) if words else 1, WORDS=words,
+        DESCRIPTORS=descriptors, W_IS_CJ=w_is_cj, SPLIT=parts is not None, BLOCK_M=tiles.m, BLOCK_C=tiles.c,
+        BLOCK_J=tiles.j, GROUP_M=8, num_warps=tiles.warps, num_stages=tiles.stages, **_scales(weight), **alone,
     )  # fmt: skip
     if parts is not None:
         block_m, block_c = min(tiles.m, 64), 64
