@@ -100,7 +100,7 @@ def compiling(capability: int, *launchers: Any) -> Iterator[list[tuple[str, str,
         shown = {
             k: v
             for k, v in kwargs.items()
-            if k.isupper() and k not in ("M", "C", "K", "J", "N", "R", "TOTAL", "PROGRAMS")
+            if k.isupper() and k not in ("M", "C", "K", "J", "N", "R", "TOTAL", "PROGRAMS", "SIZE", "BYTES")
         }
         shown |= {"num_stages": kwargs.get("num_stages", "")}
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
@@ -181,14 +181,12 @@ def lora_linear() -> None:
 def linear4bit(launchers: Any) -> None:
     """The launchers alone, at the sizes they tell apart: few rows and many, nested scales or not; dropout, a K that is not a
     multiple of the blocksize, and one that no word of 8 codes fits."""
-    for dtype, sizes in (
-        (torch.bfloat16, (16, 64, 512, 8192)),
-        (torch.float16, (16, 512)),
-        (torch.float32, (16, 512)),
-    ):
-        for m in sizes:
-            for nested in (False, True):
-                packed(launchers, m, 4096, 4096, dtype, nested, 0.0)
+    for m in (16, 64, 512, 8192):
+        for nested in (False, True):
+            packed(launchers, m, 4096, 4096, torch.bfloat16, nested, 0.0)
+    for m in (16, 512):
+        packed(launchers, m, 4096, 4096, torch.float16, False, 0.0)
+        packed(launchers, m, 4096, 4096, torch.float32, True, 0.0)
     packed(launchers, 8192, 4096, 4096, torch.bfloat16, True, 0.1)
     packed(launchers, 512, 4096, 4304, torch.bfloat16, True, 0.0)
     packed(launchers, 512, 4096, 4098, torch.bfloat16, True, 0.0)
@@ -241,7 +239,8 @@ def cuda_kernels(capability: int) -> list[Compiled]:
 
 
 def broken(found: Iterable[Compiled]) -> list[str]:
-    """What breaks a bound: shared memory of the target, a spill on sm_90a, a TMA GEMM without wgmma or TMA loads."""
+    """What breaks a bound: shared memory of the target, a spill on sm_90a, a TMA GEMM without wgmma or TMA loads, a GEMM that
+    decodes its weight with no second program an SM to multiply meanwhile."""
     said = []
     for c in found:
         limit = TARGETS[int(c.target[3:5])][1]
@@ -252,6 +251,11 @@ def broken(found: Iterable[Compiled]) -> list[str]:
         wgmma, _, tma, _ = c.counts
         if "DESCRIPTORS=True" in c.config and not (tma and (wgmma or "float32" in c.config)):
             said.append(f"{c.kernel} {c.config}, {c.target}: {wgmma} wgmma, {tma} TMA loads")
+        alone = c.registers * c.warps * 32 > 65536 // 2 or c.shared + 1024 > 233472 // 2
+        if c.kernel == "linear4bit_gemm_kernel" and wgmma and alone:
+            said.append(
+                f"{c.kernel} {c.config}, {c.target}: {c.registers} registers, {c.shared} bytes: one program an SM"
+            )
     return said
 
 

@@ -91,7 +91,7 @@ def scale_codes_of(
 
 @triton.jit
 def linear4bit_dequantize_kernel(
-    data_ptr, scales_ptr, absmax_ptr, offset_ptr, book_ptr, map_ptr, out_ptr, SIZE,
+    out_ptr, data_ptr, scales_ptr, absmax_ptr, offset_ptr, book_ptr, map_ptr, SIZE, BYTES,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[i] = codebook[code[i]] · scale[i / BLOCKSIZE], of the flattened weight; UNIT divides BLOCKSIZE and BLOCK"""
@@ -99,7 +99,7 @@ def linear4bit_dequantize_kernel(
     table = lane_table(book_ptr, SHUFFLE)
     pairs = first // 2 + tl.arange(0, BLOCK // 2)
     # [BLOCK // 2]
-    data = tl.load(data_ptr + pairs, mask=pairs * 2 < SIZE, other=0).to(tl.uint32)
+    data = tl.load(data_ptr + pairs, mask=pairs < BYTES, other=0).to(tl.uint32)
     values = look_up(table, tl.reshape(tl.join(data >> 4, data), (BLOCK,)), SHUFFLE)
     units = first + tl.arange(0, BLOCK // UNIT) * UNIT
     # [BLOCK // UNIT]

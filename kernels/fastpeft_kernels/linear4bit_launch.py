@@ -76,14 +76,9 @@ def dequantize(weight, out):
     if size == 0:
         return
     kernels.linear4bit_dequantize_kernel[(triton.cdiv(size, block),)](
-        weight.data,
-        out_ptr=out,
-        SIZE=size,
-        UNIT=min(weight.blocksize, block),
-        BLOCK=block,
-        num_warps=4,
-        **_scales(weight),
-    )
+        out, weight.data, SIZE=size, BYTES=weight.data.numel(), UNIT=min(weight.blocksize, block), BLOCK=block,
+        num_warps=4, **_scales(weight),
+    )  # fmt: skip
 
 
 @on_device
@@ -115,19 +110,20 @@ class Tiles(NamedTuple):
 
 def _tiles(m: int, c: int, j: int, dtype: torch.dtype, words: bool, p: float, device: torch.device) -> Tiles:
     """Not measured yet (benches/LOG.md). Up to 64 rows decoding is the work, and wgmma's 64 rows cost less than moving W into
-    mma's registers. Past that 128 rows share a decoded weight, and two or three programs an SM decode while others multiply:
-    128 columns leave 128 registers a thread, but not with a mask to draw (benches/COMPILED.md).
+    mma's registers. Past that 128 rows share a decoded weight, and two programs an SM decode while the other multiplies: 128
+    columns leave 128 registers a thread, but not with a mask to draw (benches/COMPILED.md).
     """
-    sms = multiprocessors(device)
+    sms, wgmma = multiprocessors(device), capability(device)[0] in (9, 10)
     if dtype == torch.float32:
         tiles, an_sm = Tiles(16 if m <= 16 else 64, 64, 32, 1, 4 if m <= 16 else 8, 3), 2
     elif not words:
         tiles, an_sm = Tiles(_block(m, 64), 64, 32, 1, 4, 2), 3
     elif m <= 64:
-        tiles, an_sm = Tiles(64 if capability(device)[0] in (9, 10) else _block(m, 64), 64, 128, 1, 4, 3), 3
+        tiles, an_sm = Tiles(64 if wgmma else _block(m, 64), 64, 128, 1, 4, 3), 3
     else:
         full = p == 0.0 and triton.cdiv(m, 128) * triton.cdiv(c, 128) >= 2 * sms
-        tiles, an_sm = Tiles(128, 128 if full else 64, 64, 1, 8, 3), 2
+        block_j, stages = (128, 2) if wgmma else (64, 3)
+        tiles, an_sm = Tiles(128, 128 if full else 64, block_j, 1, 8, stages), 2
     count = triton.cdiv(m, tiles.m) * triton.cdiv(c, tiles.c)
     return tiles._replace(parts=max(1, min(an_sm * sms // count, triton.cdiv(j, 4 * tiles.j), 16)))
 
