@@ -17,7 +17,8 @@ from .. import _native
 from ..weight4bit import Weight4bit
 from . import linear4bit_cuda, lora_linear_cuda
 
-_PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["gpu_4bit"]
+# rows; predicted (benches/LOG.md), not measured on any GPU yet
+_FUSED_TO = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["gpu_4bit"]["fused_to_m"]
 
 
 def project(kernels, x, weight: Weight4bit, bias, lora_bias, s, b, span, scale) -> torch.Tensor:
@@ -26,7 +27,7 @@ def project(kernels, x, weight: Weight4bit, bias, lora_bias, s, b, span, scale) 
     if kernels is lora_linear_cuda and 0 < m <= linear4bit_cuda.SMALL_M and linear4bit_cuda.is_fast(x, weight):
         return linear4bit_cuda.small(x, weight, bias, lora_bias, s, b, span, scale)
     fused = _triton(kernels, x)
-    if fused is not None and m <= _PLANS["project_to_m"]:
+    if fused is not None and m <= _FUSED_TO:
         return fused.project(x, weight, bias, lora_bias, s, b, span, scale)
     y = F.linear(x, dense(kernels, weight, x.dtype), None if bias is None else bias.to(x.dtype))
     if b is not None or lora_bias is not None:
@@ -37,7 +38,7 @@ def project(kernels, x, weight: Weight4bit, bias, lora_bias, s, b, span, scale) 
 def add_grad(kernels, dy, weight: Weight4bit, dx: torch.Tensor | None) -> torch.Tensor:
     """dx [M, K] + dy W, or dy W where dx is None"""
     weight, fused = weight.untile(), _triton(kernels, dy)
-    if fused is not None and dy.shape[0] <= _PLANS["combine_to_m"]:
+    if fused is not None and dy.shape[0] <= _FUSED_TO:
         out = dy.new_empty(dy.shape[0], weight.shape[1]) if dx is None else dx
         fused.combine(dy, weight, out, dx is not None, dy, (), [], 0.0, None)
         return out
