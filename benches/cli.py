@@ -312,7 +312,8 @@ class Bench:
             name = f"qlora layer {case.name}"
             return Task("kernels", name, seconds, lambda s: bench.measure_qlora(case, s, tick=self.tick))
 
-        return [*map(row, cases), *map(layer, layers)]
+        found = [(c.k, c.n, row(c)) for c in cases] + [(c.k, c.n, layer(c)) for c in layers]
+        return [task for *_, task in sorted(found, key=lambda one: one[:2])]  # one shape's weights at a time
 
     def _others(self, quick: bool, long: bool) -> list[Task]:
         from . import bench_lora_linear as bench
