@@ -172,9 +172,10 @@ def project(x, weights, biases):
         ]
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
     for m in _slabs(x.shape[0], _PLANS["widen"]["rows"]):
+        rows = {dtype: x[m].to(dtype or x.dtype) for dtype in set(dtypes)}
         for y, w, bias, dtype in zip(ys, weights, biases, dtypes):
-            wide = x[m].to(dtype or x.dtype)
-            for n in _slabs(w.shape[0], _slab_size(w)):
+            wide = rows[dtype]
+            for n in _slabs(w.shape[0], _slab_size(w, w.shape[1])):
                 part = _slab(w, n, slice(0, w.shape[1]), wide.dtype).t()
                 y[m, n] = wide @ part if bias is None else torch.addmm(bias[n].to(wide.dtype), wide, part)
     return ys
@@ -200,7 +201,7 @@ def combine(dys, weights):
     dx = dy.new_empty(dy.shape[0], w.shape[1])
     for m in _slabs(dy.shape[0], _PLANS["widen"]["rows"]):
         wide = [dy[m].to(dtype) for dy in dys]
-        for k in _slabs(w.shape[1], _slab_size(w)):
+        for k in _slabs(w.shape[1], _slab_size(w, w.shape[0])):
             total = wide[0] @ _slab(w, slice(0, w.shape[0]), k, dtype)
             for dy, other in zip(wide[1:], weights[1:]):
                 total.addmm_(dy, _slab(other, slice(0, other.shape[0]), k, dtype))
@@ -217,16 +218,18 @@ def _slab_dtype(x, w) -> torch.dtype | None:
     return torch.float32 if widens else None
 
 
-def _slab_size(w) -> int:
-    return _PLANS["decode" if isinstance(w, Weight4bit) else "widen"]["columns"]
+def _slab_size(w, length: int) -> int:
+    """How many rows or columns of that length make a slab."""
+    if isinstance(w, Weight4bit):
+        return max(64, linear4bit_cpu.ROOM // length // 64 * 64)
+    return _PLANS["widen"]["columns"]
 
 
 def _slab(w, n: slice, k: slice, dtype):
     """w[n, k] in `dtype`"""
     if isinstance(w, torch.Tensor):
         return w[n, k].to(dtype)
-    room = torch.empty(n.stop - n.start, k.stop - k.start, dtype=dtype)
-    return linear4bit_cpu.dequantize(w, room, n, k)
+    return linear4bit_cpu.dequantize(w, linear4bit_cpu.room(n.stop - n.start, k.stop - k.start, dtype), n, k)
 
 
 def small_m(native, dtype, weight) -> int:
