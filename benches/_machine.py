@@ -16,7 +16,7 @@ from fastpeft._machine import cpu, cpu_flags, cpuinfo, version
 
 SCHEMA = 1  # of a line in a results file
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
-_PACKAGES = ("torch", "peft", "transformers", "numpy", "triton", "fastpeft")
+_PACKAGES = ("torch", "peft", "transformers", "numpy", "triton", "bitsandbytes", "kernels", "fastpeft")
 
 
 def last_level_cache() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,27 +74,30 @@ def use_composition(model: nn.Module) -> None:
 
 
 class _Layers(nn.Module):
-    def __init__(self, weights: list[Tensor]):
+    def __init__(self, weights: Sequence[Tensor | nn.Module]):
         super().__init__()
-        self.layers = nn.ModuleList()
-        for weight in weights:
-            layer = nn.Linear(1, 1, bias=False)  # as large a one would be initialised first, for nothing
-            layer.out_features, layer.in_features = weight.shape
-            layer.weight = nn.Parameter(weight, requires_grad=False)
-            self.layers.append(layer)
+        self.is_loaded_in_4bit = isinstance(weights[0], nn.Module)  # PEFT asks for it
+        self.layers = nn.ModuleList(w if isinstance(w, nn.Module) else _linear(w) for w in weights)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(1, 1, bias=False)  # as large a one would be initialised first, for nothing
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def peft_layers(
-    weights: list[Tensor], a: list[Tensor], b: list[Tensor], *, scale: float, dropout: float, low: bool
-) -> list[PeftLinear]:
-    """PEFT's LoRA layers over `weights` with adapters a, b, made by its public API.
+    weights: Sequence[Tensor | nn.Module], a: list[Tensor], b: list[Tensor], *, scale: float, dropout: float, low: bool
+) -> list[Any]:
+    """PEFT's LoRA layers over `weights` (or over 4-bit layers of bitsandbytes) with adapters a, b, by its public API.
 
     low: adapters in the weights' dtype (`autocast_adapter_dtype=False`), else PEFT's default, fp32.
     """
     rank = a[0].shape[0]
     config = LoraConfig(r=rank, lora_alpha=scale * rank, lora_dropout=dropout, target_modules=r"layers\.\d+")
     model = get_peft_model(_Layers(weights), config, autocast_adapter_dtype=not low)
-    layers: list[PeftLinear] = list(model.base_model.model.layers)
+    layers = list(model.base_model.model.layers)
     with torch.no_grad():
         for layer, a_i, b_i in zip(layers, a, b, strict=True):
             layer.lora_A["default"].weight.copy_(a_i)
@@ -102,7 +106,7 @@ def peft_layers(
     return layers
 
 
-def adapters(layer: PeftLinear) -> list[Tensor]:
+def adapters(layer: Any) -> list[Tensor]:
     return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
 
 

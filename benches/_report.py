@@ -22,6 +22,11 @@ _COLOURS = {
     "composition": "#7f8c8d",
     "fastpeft": "#1f77b4",
     "full fine-tuning": "#444444",
+    "bitsandbytes eval": "#c0504d",
+    "bitsandbytes dequantise + GEMM": "#e0a458",
+    "bitsandbytes training": "#8c6bb1",
+    "torch int4": "#7f8c8d",
+    "fastpeft, double quantisation": "#6baed6",
     FROZEN: "#bbbbbb",
 }
 _STYLE = """
@@ -39,7 +44,8 @@ Row = dict[str, Any]
 
 def plots(rows: list[Row], folder: Path) -> list[Path]:
     """Write what the rows have data for; the files' paths."""
-    made = [_losses(rows, folder), _memory(rows, folder), _overheads(rows, folder), _sweep(rows, folder)]
+    makers = (_losses, _memory, _overheads, _sweep, _linear4bit)
+    made = [maker(rows, folder) for maker in makers]
     return [path for path in made if path is not None]
 
 
@@ -63,7 +69,10 @@ def _losses(rows: list[Row], folder: Path) -> Path | None:
     for way in ("PEFT same dtype", "fastpeft"):
         gaps = [abs(a - b) for a, b in zip(row["losses"][way], row["losses"]["PEFT"], strict=True)]
         bottom.plot(steps, gaps, label=way, color=_COLOURS[way])
-    top.set(ylabel="loss", title=f"{row['model']}, LoRA on {row['text']}")
+    top.set(
+        ylabel="loss",
+        title=f"{row['model']}, {'QLoRA' if tables.suite_of(row) == 'qlora' else 'LoRA'} on {row['text']}",
+    )
     bottom.set(xlabel="step", ylabel="|Δloss| to PEFT", yscale="symlog")
     bottom.set_yscale("symlog", linthresh=1e-4)
     top.legend()
@@ -139,6 +148,33 @@ def _sweep(rows: list[Row], folder: Path) -> Path | None:
     axis.axvline(0.97, color="#c0504d", linewidth=0.8, linestyle=":")
     axis.set(xlabel="speed over the best of the three peers (grey: too noisy or void)")
     return _save(figure, folder / "speed.png")
+
+
+def _linear4bit(rows: list[Row], folder: Path) -> Path | None:
+    """Time over the dense layer's by M, one panel a shape; hollow: too noisy or void."""
+    found = [row for row in rows if row["kind"] == "linear4bit" and not row["case"]["double"]]
+    shapes = sorted({(row["case"]["k"], row["case"]["n"]) for row in found})
+    if not found:
+        return None
+    figure, axes = plt.subplots(1, len(shapes), figsize=(5.2 * len(shapes), 4.4), sharey=True, squeeze=False)
+    for axis, (k, n) in zip(axes[0], shapes, strict=True):
+        own = sorted((r for r in found if (r["case"]["k"], r["case"]["n"]) == (k, n)), key=lambda r: r["case"]["m"])
+        for name, colour in _COLOURS.items():
+            points = [(r, r["over_dense"][name]) for r in own if None not in r["over_dense"].get(name, [None])]
+            at = [r["case"]["m"] for r, _ in points]
+            axis.plot(at, [v[0] for _, v in points], color=colour, linewidth=1, label=name if points else None)
+            for r, (median, low, high) in points:
+                error, fill = [[max(median - low, 0)], [max(high - median, 0)]], r["validity"][0] == "ok"
+                face = colour if fill else "white"
+                axis.errorbar(
+                    r["case"]["m"], median, yerr=error, fmt="o", markersize=4, capsize=2, color=colour, mfc=face
+                )
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=f"{k}->{n}", xlabel="M", xscale="log", yscale="log")
+        axis.set_xticks(ticks := sorted({r["case"]["m"] for r in own}), map(str, ticks))
+    axes[0][0].set(ylabel="time over the dense bf16 layer's")
+    axes[0][0].legend(fontsize=7)
+    return _save(figure, folder / "linear4bit.png")
 
 
 def page(rows: list[Row], images: list[Path], path: Path) -> Path:

@@ -87,20 +87,20 @@ class _NoGpu:
 
 
 @contextlib.contextmanager
-def compiling(capability: int, launchers: Any) -> Iterator[list[tuple[str, str, Any]]]:
+def compiling(capability: int, *launchers: Any) -> Iterator[list[tuple[str, str, Any]]]:
     """Inside, every launch of a Triton kernel compiles it instead, and is listed as (kernel, configuration, binary)."""
     import triton
     from triton.runtime.jit import JITFunction
 
     found: list[tuple[str, str, Any]] = []
-    run, saved = JITFunction.run, (launchers.capability, launchers.multiprocessors)
+    run, saved = JITFunction.run, [(module.capability, module.multiprocessors) for module in launchers]
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         binary = run(self, *args, grid=grid, warmup=True, **kwargs)
         shown = {
             k: v
             for k, v in kwargs.items()
-            if k.isupper() and k not in ("M", "C", "K", "J", "N", "R", "TOTAL", "PROGRAMS")
+            if k.isupper() and k not in ("M", "C", "K", "J", "N", "R", "TOTAL", "PROGRAMS", "SIZE", "BYTES")
         }
         shown |= {"num_stages": kwargs.get("num_stages", "")}
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
@@ -110,13 +110,15 @@ def compiling(capability: int, launchers: Any) -> Iterator[list[tuple[str, str, 
 
     triton.runtime.driver.set_active(_NoGpu(capability))
     JITFunction.run = compile_only
-    launchers.capability = lambda device: divmod(capability, 10)
-    launchers.multiprocessors = lambda device: TARGETS[capability][0]
+    for module in launchers:
+        module.capability = lambda device: divmod(capability, 10)
+        module.multiprocessors = lambda device: TARGETS[capability][0]
     try:
         yield found
     finally:
         JITFunction.run = run
-        launchers.capability, launchers.multiprocessors = saved
+        for module, (one, other) in zip(launchers, saved):
+            module.capability, module.multiprocessors = one, other
 
 
 def report(kernel: str, config: str, binary: Any, capability: int) -> Compiled:
@@ -176,6 +178,37 @@ def lora_linear() -> None:
                     )
 
 
+def linear4bit(launchers: Any) -> None:
+    """The launchers alone, at the sizes they tell apart: few rows and many, nested scales or not; dropout, a K that is not a
+    multiple of the blocksize, and one that no word of 8 codes fits."""
+    for m in (16, 64, 512, 8192):
+        for nested in (False, True):
+            packed(launchers, m, 4096, 4096, torch.bfloat16, nested, 0.0)
+    for m in (16, 512):
+        packed(launchers, m, 4096, 4096, torch.float16, False, 0.0)
+        packed(launchers, m, 4096, 4096, torch.float32, True, 0.0)
+    packed(launchers, 8192, 4096, 4096, torch.bfloat16, True, 0.1)
+    packed(launchers, 512, 4096, 4304, torch.bfloat16, True, 0.0)
+    packed(launchers, 512, 4096, 4098, torch.bfloat16, True, 0.0)
+
+
+def packed(launchers: Any, m: int, n: int, k: int, dtype: torch.dtype, nested: bool, p: float) -> None:
+    """One layer with a rank of 16: the weight decoded apart, forward, backward into dx and onto it."""
+    from fastpeft.weight4bit import Weight4bit
+
+    r, blocks = 16, -(-n * k // 64)
+    scales = torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32)
+    absmax, offset = (torch.empty(-(-blocks // 256)), torch.empty(())) if nested else (None, None)
+    data = torch.empty(n * k // 2, dtype=torch.uint8)
+    weight = Weight4bit(data, scales, absmax, offset, (n, k), dtype, "nf4", 64)
+    x, dy, s = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.empty(m, r, dtype=dtype)
+    a, b, bias, span = torch.empty(r, k), torch.empty(n, r), torch.empty(n, dtype=dtype), launchers.Span(0, r, 0)
+    launchers.dequantize(weight, torch.empty(n, k, dtype=dtype))
+    launchers.project(x, weight, bias, None, s, b, span, torch.ones(()))
+    for accumulate in (False, True):
+        launchers.combine(dy, weight, x, accumulate, s, [a], [span], p, torch.tensor(1) if p else None)
+
+
 def cuda_kernels(capability: int) -> list[Compiled]:
     """The kernels of csrc/cuda, by nvcc; empty where there is none."""
     nvcc = shutil.which("nvcc")
@@ -184,6 +217,8 @@ def cuda_kernels(capability: int) -> list[Compiled]:
     found, arch = [], f"sm_{capability}{'a' if capability >= 90 else ''}"
     code = f"-gencode=arch=compute_{arch[3:]},code={arch}"
     for source in sorted(CUDA.glob("*.cu")):
+        threads = re.search(r"\bTHREADS = (\d+)", source.read_text())
+        assert threads, f"{source.name} names no THREADS"
         command = [nvcc, "-std=c++17", "-O3", code, "-cubin", "-Xptxas", "-v", str(source), "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         said = subprocess.run(["c++filt", "-p"], input=said, capture_output=True, text=True, check=True).stdout
@@ -195,7 +230,7 @@ def cuda_kernels(capability: int) -> list[Compiled]:
                     f"CUDA {kernel}",
                     of or "",
                     arch,
-                    4,
+                    int(threads[1]) // 32,
                     int(registers),
                     int(spills),
                     0,
@@ -206,7 +241,8 @@ def cuda_kernels(capability: int) -> list[Compiled]:
 
 
 def broken(found: Iterable[Compiled]) -> list[str]:
-    """What breaks a bound: shared memory of the target, a spill on sm_90a, a TMA GEMM without wgmma or TMA loads."""
+    """What breaks a bound: shared memory of the target, a spill on sm_90a, a TMA GEMM without wgmma or TMA loads, a GEMM that
+    decodes its weight with no second program an SM to multiply meanwhile."""
     said = []
     for c in found:
         limit = TARGETS[int(c.target[3:5])][1]
@@ -217,6 +253,11 @@ def broken(found: Iterable[Compiled]) -> list[str]:
         wgmma, _, tma, _ = c.counts
         if "DESCRIPTORS=True" in c.config and not (tma and (wgmma or "float32" in c.config)):
             said.append(f"{c.kernel} {c.config}, {c.target}: {wgmma} wgmma, {tma} TMA loads")
+        alone = c.registers * c.warps * 32 > 65536 // 2 or c.shared + 1024 > 233472 // 2
+        if c.kernel == "linear4bit_gemm_kernel" and wgmma and alone:
+            said.append(
+                f"{c.kernel} {c.config}, {c.target}: {c.registers} registers, {c.shared} bytes: one program an SM"
+            )
     return said
 
 
@@ -236,13 +277,14 @@ def read_table() -> list[Compiled]:
 def compile_all(capabilities: Iterable[int] = TARGETS) -> list[Compiled]:
     from fastpeft import _native
 
-    launchers = _native.triton("lora_linear")
-    if launchers is None:
+    launchers = [_native.triton(stem) for stem in ("lora_linear", "linear4bit")]
+    if launchers[0] is None:
         raise SystemExit(_native.why_not_triton("lora_linear"))
     found = []
     for capability in capabilities:
-        with compiling(capability, launchers) as kernels:
+        with compiling(capability, *launchers) as kernels:
             lora_linear()
+            linear4bit(launchers[1])
         unique = {(name, config): binary for name, config, binary in kernels}
         found += [report(name, config, binary, capability) for (name, config), binary in unique.items()]
         found += cuda_kernels(capability)

@@ -154,9 +154,7 @@ class Layers:
             return torch.randn(rows, columns, generator=generator, device=device).mul_(std).to(of)
 
         if sets is None and case.rotated:
-            size = case.n * case.k * dtype.itemsize
-            past_cache = min(3 * _machine.last_level_cache() // 2, 768 << 20)
-            sets = min(max(2, -(-past_cache // size)), 1024)  # tiny layers would never make it past the cache
+            sets = ring_length(case.n * case.k * dtype.itemsize)
         sets = sets or 1
         x = randn(case.m, case.k, dtype)
         dy = randn(case.m, case.n, dtype)
@@ -165,6 +163,12 @@ class Layers:
         a = [randn(case.r, case.k, torch.float32, case.k**-0.5).requires_grad_() for _ in range(sets)]
         b = [randn(case.n, case.r, torch.float32, case.r**-0.5).requires_grad_() for _ in range(sets)]
         return Layers(x.requires_grad_(case.direction == BOTH), dy, weights, a, b)
+
+
+def ring_length(size: int) -> int:
+    """How many weights of `size` bytes it takes to rotate past the last-level cache."""
+    past_cache = min(3 * _machine.last_level_cache() // 2, 768 << 20)
+    return min(max(2, -(-past_cache // size)), 1024)  # tiny layers would never make it past the cache
 
 
 Call = Callable[[int], Tensor]
@@ -632,6 +636,29 @@ def _measured(case: Case) -> dict[str, Any]:
     return measure(case, seconds, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def record(benchmark: Any, row: dict[str, Any], function: str) -> None:
+    """Hand one function's samples to pytest-benchmark; ratios with their intervals go into its extra_info."""
+    if function not in row["samples"]["seconds"]:
+        pytest.skip(row["notes"].get(function, "not measured at this case"))
+    assert function not in row["wrong"], f"{function}: errors {row['error'][function]} against float64"
+    samples = Samples.from_json(row["samples"])
+    if not samples.kept:
+        pytest.skip(f"no undisturbed round in {samples.rounds}")
+    times = iter(samples.seconds[function])
+
+    def step() -> None:
+        CLOCK.now += next(times)
+
+    benchmark.group = row["key"]
+    benchmark.extra_info.update(validity=row["validity"], aa=row["aa"], kept=samples.kept, rounds=samples.rounds)
+    if function in row.get("overhead", {}):
+        benchmark.extra_info["overhead"] = row["overhead"][function]
+    if function == OURS:
+        found = {name: row[name] for name in ("time", "overhead_ratio", "targets") if name in row}
+        benchmark.extra_info.update(found)
+    benchmark.pedantic(step, rounds=samples.kept, iterations=1)
+
+
 if pytest is not None:
 
     @pytest.mark.parametrize("function", [FROZEN, *PEERS, COMPILED, OURS])
@@ -639,22 +666,4 @@ if pytest is not None:
     @pytest.mark.benchmark(timer=CLOCK, min_rounds=1)
     def test_lora_linear(benchmark: Any, case: Case, function: str) -> None:
         """FASTPEFT_BENCH_SECONDS (4) a case; extra_info holds ratios with their intervals."""
-        row = _measured(case)
-        if function not in row["samples"]["seconds"]:
-            pytest.skip(row["notes"].get(function, "not measured at this case"))
-        assert function not in row["wrong"], f"{function}: errors {row['error'][function]} against float64"
-        samples = Samples.from_json(row["samples"])
-        if not samples.kept:
-            pytest.skip(f"no undisturbed round in {samples.rounds}")
-        times = iter(samples.seconds[function])
-
-        def step() -> None:
-            CLOCK.now += next(times)
-
-        benchmark.group = case.name
-        benchmark.extra_info.update(validity=row["validity"], aa=row["aa"], kept=samples.kept, rounds=samples.rounds)
-        if function != FROZEN:
-            benchmark.extra_info["overhead"] = row["overhead"][function]
-        if function == OURS:
-            benchmark.extra_info.update(time=row["time"], overhead_ratio=row["overhead_ratio"], targets=row["targets"])
-        benchmark.pedantic(step, rounds=samples.kept, iterations=1)
+        record(benchmark, _measured(case), function)

@@ -1,4 +1,4 @@
-"""`fastpeft bench`: the main job and the kernel table, measured against PEFT, with a report at the end."""
+"""`fastpeft bench`: the main job and the kernel table of a suite, measured against its peers, with a report at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SUITES = ("lora",)
+SUITES = ("lora", "qlora")
 PARTS = ("training", "step", "memory", "kernels", "others")
 PEER_NAMES = {
     "peft": "PEFT",
@@ -26,7 +26,7 @@ PEER_NAMES = {
     "peft-compiled": "PEFT compiled",
     "composition": "composition",
 }
-NEEDED = ("numpy", "peft", "transformers", "gguf", "matplotlib", "tqdm")  # of the extra [bench]
+NEEDED = ("numpy", "peft", "bitsandbytes", "transformers", "gguf", "matplotlib", "tqdm")  # of the extra [bench]
 BUDGET, QUICK_BUDGET = 420.0, 90.0
 
 
@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="fastpeft bench",
         description="Fine-tunes SmolLM2-135M with LoRA on movie reviews under Hugging Face PEFT and under fastpeft, "
-        "side by side, then measures lora_linear against its peers. Writes results.jsonl, plots and report.html.",
+        "side by side, then measures lora_linear against its peers. With --suite qlora the same over 4-bit weights, beside "
+        "PEFT over bitsandbytes, then linear4bit. Writes results.jsonl, plots and report.html.",
     )
     add = made.add_argument
     add("--suite", choices=SUITES, default="lora", help="what to measure (default: %(default)s)")
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         help="kernel table against this peer; repeat it (default: all)",
     )
     add("--time-budget", type=_seconds, metavar="SECONDS", help=f"aim to be done by then (default: {BUDGET:.0f})")
-    add("--out", type=Path, default=Path("bench-results"), help="folder for results and report (default: %(default)s)")
+    add("--out", type=Path, help="folder for results and report (default: bench-results; bench-results/qlora)")
     add("--model", help="a model folder or hub name instead of SmolLM2-135M")
     add("--text", help="a text file to train on instead of movie reviews (documents parted by empty lines)")
     add("--json", action="store_true", help="print result lines as JSON, and nothing else, to stdout")
@@ -125,11 +126,11 @@ class Bench:
         self.start = time.perf_counter()
         self.device = options.device
         if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.device = "cuda" if torch.cuda.is_available() and options.suite == "lora" else "cpu"
         self.dtype_name = options.dtype or "bf16"
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.dtype_name]
         self.peers = tuple(PEER_NAMES[p] for p in options.peer or PEER_NAMES)
-        self.out: Path = options.out
+        self.out: Path = options.out or Path("bench-results", *([] if options.suite == "lora" else [options.suite]))
         self.file = self.out / "results.jsonl"
         self.rows: list[dict[str, Any]] = []
         self.failures: list[str] = []
@@ -147,7 +148,7 @@ class Bench:
         if self.options.resume:
             from .tables import machine_of, read
 
-            now = _machine.describe(self.device)
+            now = {**_machine.describe(self.device), "suite": self.options.suite}
             same = [r for r in read([self.file]) if r["commit"] == now["commit"] and machine_of(r) == machine_of(now)]
             self.rows = [r for r in same if r["dirty"] == now["dirty"] and r["kind"] != "error"]
         os.replace(self.file, self.file.with_suffix(".previous.jsonl"))
@@ -161,7 +162,8 @@ class Bench:
     def add(self, task: Task, row: dict[str, Any], took: float) -> None:
         from . import _machine
 
-        stamp = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "task": task.name, "took": round(took, 1)}
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        stamp = {"suite": self.options.suite, "time": when, "task": task.name, "took": round(took, 1)}
         row = {**_machine.describe(self.device), **stamp, "device": self.device, "dtype": self.dtype_name, **row}
         row = _without_nan(row)  # JSON has none
         self.rows.append(row)
@@ -197,11 +199,12 @@ class Bench:
     def tasks(self) -> list[Task]:
         quick, long = self.options.quick, self.options.targets
         made: list[Task] = []
-        if {"training", "step", "memory"} & set(self.options.parts):
+        main = {"training", "step", "memory", *(["others"] if self.options.suite == "qlora" else [])}
+        if main & set(self.options.parts):
             made += self._main_job(quick, long)
         if "kernels" in self.options.parts:
-            made += self._kernels(quick, long)
-        if "others" in self.options.parts:
+            made += self._kernels(quick, long) if self.options.suite == "lora" else self._kernels_4bit(quick, long)
+        if "others" in self.options.parts and self.options.suite == "lora":
             made += self._others(quick, long)
         return made
 
@@ -216,10 +219,17 @@ class Bench:
         batches, text = _smollm2.batches(where, self.options.text, steps, *((8, 512) if gpu else (2, 128)), self.device)
         (ids,), _ = _smollm2.batches(where, self.options.text, 1, 4, 256, self.device)
         common: dict[str, Any] = {"device": self.device, "tick": self.tick}
+        dense, qlora = base, self.options.suite == "qlora"
+        ways: tuple[str, ...] = ("frozen", _peers.PEFT, *((_peers.PEFT_LOW,) if long else ()))
+        if qlora:
+            from . import _bitsandbytes
+
+            base = _bitsandbytes.in_4bit(dense)
+            label += " in NF4 with double quantisation"
+            ways = (*ways, _peers.OURS)
+        else:
+            ways = (*ways, *((_peers.COMPOSITION,) if long else ()), _peers.OURS, main_job.FULL)
         about = {"model": label, "text": text}
-        ways: tuple[str, ...] = ("frozen", _peers.PEFT, _peers.OURS, main_job.FULL)
-        if long:
-            ways = (*ways[:2], _peers.PEFT_LOW, _peers.COMPOSITION, *ways[2:])
 
         took = [5.0]  # seconds of one way's training step, known once training has run
 
@@ -233,18 +243,25 @@ class Bench:
             return {**main_job.full(base, batches, seconds, **common), **about}
 
         def step(seconds: float) -> dict[str, Any]:
-            return {**main_job.step(base, ids, seconds, label=label, **common), **about}
+            over = {"dense": dense} if qlora else {}
+            return {**main_job.step(base, ids, seconds, label=label, **over, **common), **about}
 
         def memory(_: float) -> dict[str, Any]:
-            return {**main_job.memory(where, ids, dtype=self.dtype, ways=ways, **common), **about}
+            return {**main_job.memory(where, ids, dtype=self.dtype, ways=ways, in_4bit=qlora, **common), **about}
 
+        def sizes(_: float) -> dict[str, Any]:
+            return main_job.sizes(dense, base, _smollm2.NAME if self.options.model is None else Path(where).name)
+
+        training_name = f"{'QLoRA' if qlora else 'LoRA'} fine-tuning side by side"
         found = [
-            Task("training", "LoRA fine-tuning side by side", 30 if quick else 600 if long else 90, training),
+            Task("training", training_name, 30 if quick else 600 if long else 90, training),
             Task("training", "full fine-tuning beside it", 150 if long else 18, full, lambda: 7 * took[0]),
             Task("memory", "peak memory", 240 if long else 60, memory, lambda: 30 + 12 * took[0]),
             Task("step", "training step over the frozen model", 2400 if long else 60, step, lambda: 48 * took[0]),
         ]
-        return [t for t in found[: 1 if quick else None] if t.part in self.options.parts]
+        if qlora:
+            found = [Task("others", "bytes of the weights", 1, sizes), found[0], *found[2:]]
+        return [t for t in found[: 1 + qlora if quick else None] if t.part in self.options.parts]
 
     def _kernels(self, quick: bool, long: bool) -> list[Task]:
         from . import bench_lora_linear as bench
@@ -274,6 +291,29 @@ class Bench:
             return Task("kernels", case.name, generous if long else 6.0 if quick else 12.0 + 18.0 * work, run)
 
         return [task(case) for case in cases]
+
+    def _kernels_4bit(self, quick: bool, long: bool) -> list[Task]:
+        from . import bench_linear4bit as bench
+
+        cases, layers = bench.cases(full=long), bench.qlora_cases()
+        if self.options.shapes:
+            cases, layers = [bench.Case(*shape) for shape in self.options.shapes], []
+            cases += [replace(case, double=True) for case in cases]
+        if quick:
+            cases, layers = cases[:2], []
+
+        def row(case: bench.Case) -> Task:
+            work = min(case.k * case.n * case.m / 4096**2 / 512, 1.0)  # 1: a second a round on two cores
+            seconds = 30 + 60 * work if long else 5 if quick else 10 + 10 * work
+            return Task("kernels", case.name, seconds, lambda s: bench.measure(case, s, tick=self.tick))
+
+        def layer(case: Any) -> Task:
+            seconds = 40 * case.k / 2048 if long else 20
+            name = f"qlora layer {case.name}"
+            return Task("kernels", name, seconds, lambda s: bench.measure_qlora(case, s, tick=self.tick))
+
+        found = [(c.k, c.n, row(c)) for c in cases] + [(c.k, c.n, layer(c)) for c in layers]
+        return [task for *_, task in sorted(found, key=lambda one: one[:2])]  # one shape's weights at a time
 
     def _others(self, quick: bool, long: bool) -> list[Task]:
         from . import bench_lora_linear as bench
@@ -386,6 +426,11 @@ def main(argv: list[str] | None = None) -> int:
     if absent:
         print(f"fastpeft bench needs {', '.join(absent)}: pip install 'fastpeft[bench]'", file=sys.stderr)
         return 2
+    if options.suite == "qlora":
+        for name, taken in (("dtype", (None, "bf16")), ("device", ("auto", "cpu")), ("peer", (None,))):
+            if getattr(options, name) not in taken:
+                print(f"fastpeft bench: --suite qlora measures bf16 on the CPU: leave out --{name}", file=sys.stderr)
+                return 2
     if options.device == "cuda":
         import torch
 

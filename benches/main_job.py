@@ -1,11 +1,12 @@
-"""The main job: LoRA fine-tuning of SmolLM2-135M on movie reviews, under PEFT and under fastpeft, side by side.
+"""The main job: fine-tuning SmolLM2-135M on movie reviews with LoRA or QLoRA, under PEFT and under fastpeft, side by side.
 
     train()   the same seed and the same batches, interleaved step by step: losses and throughput
     full()    full fine-tuning of the same model beside it: time a step, bytes to store per task
     step()    one training step without optimizer over the frozen model: the overhead of each way
     memory()  peak memory of each way, each in a process of its own
+    sizes()   bytes of the weights, dense and in 4 bits
 
-Every function returns a line for the results file.
+Every function returns a line for the results file. For QLoRA the base is `_bitsandbytes.in_4bit(base)`; nothing else differs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import fastpeft as fp
@@ -171,16 +172,34 @@ def gradients(model: nn.Module, ids: Tensor) -> None:
 
 def lora_flops(model: nn.Module, tokens: int) -> int:
     """What the adapters add to a forward and backward pass."""
-    layers = [m for m in model.modules() if isinstance(m, PeftLinear)]
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     return sum(6 * tokens * RANK * (layer.in_features + layer.out_features) for layer in layers)
 
 
+def linear_flops(model: nn.Module, tokens: int) -> int:
+    """Forward and input gradients of a frozen dense model's linear layers."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return sum(4 * tokens * layer.in_features * layer.out_features for layer in layers)
+
+
 def step(
-    base: nn.Module, ids: Tensor, seconds: float, *, label: str, device: str, most: int = 45, tick: Tick = None
+    base: nn.Module,
+    ids: Tensor,
+    seconds: float,
+    *,
+    label: str,
+    device: str,
+    most: int = 45,
+    dense: nn.Module | None = None,
+    tick: Tick = None,
 ) -> dict[str, Any]:
-    """Overhead over the frozen model of one step without optimizer, for each way and the composition."""
-    ways = (FROZEN, PEFT, PEFT_LOW, COMPOSITION, OURS)
-    models = {way: build(way, base) for way in ways}
+    """Overhead over the frozen model of one step without optimizer, for each way and the composition.
+
+    dense: where base is in 4 bits, the model that it was made from. That is the frozen one then, and there is no composition.
+    """
+    peers = (PEFT, PEFT_LOW, COMPOSITION) if dense is None else (PEFT, PEFT_LOW)
+    models = {way: build(way, base) for way in (*peers, OURS)}
+    models[FROZEN] = build(FROZEN, base if dense is None else dense)
     models[AGAIN] = models[FROZEN]
     functions = {way: (lambda model=model: gradients(model, ids)) for way, model in models.items()}
     for model in models.values():
@@ -195,15 +214,21 @@ def step(
     shown = samples if samples.kept else samples.all_rounds()
     name = f"{label} training step B={ids.shape[0]} S={ids.shape[1]}, all linear, r={RANK}"
     dtype = next(base.parameters()).dtype
-    floor = lora_flops(models[OURS], ids.numel()) / _machine.matmul_rate(dtype, device) / shown.median(FROZEN)
+    rate = _machine.matmul_rate(dtype, device)
+    adapters = lora_flops(models[OURS], ids.numel())
+    floor = adapters / rate / shown.median(FROZEN)
     targets = []
-    for peer, limit in ((PEFT, 0.2), (COMPOSITION, 0.7)):
+    for peer, limit in ((PEFT, 0.2), (COMPOSITION, 0.7)) if dense is None else ():
         overhead = shown.overhead(peer).median
         state = validity(samples, limit * overhead)
         ratio = shown.overhead_ratio(OURS, peer)
         bound = FLOOR_ROOM * floor / overhead if overhead > 0 else None
         targets.append(target(f"{name}: overhead over {peer}'s", limit, ratio, state, bound).as_json())
-    peers = (PEFT, PEFT_LOW, COMPOSITION)
+    if dense is not None:
+        least = (linear_flops(dense, ids.numel()) + adapters) / rate
+        bound = FLOOR_ROOM * least / shown.median(PEFT)
+        ratio, state = shown.ratio(OURS, PEFT), validity(samples, None)
+        targets.append(target(f"{name}: time over PEFT's over bitsandbytes", 1 / 1.15, ratio, state, bound).as_json())
     return {
         "kind": "step",
         "key": name,
@@ -213,7 +238,7 @@ def step(
         "time": {way: shown.ratio(OURS, way).as_json() for way in peers},
         "floor_overhead": floor,
         "aa": shown.ratio(AGAIN, FROZEN).as_json(),
-        "validity": list(validity(samples, shown.overhead(PEFT).median)),
+        "validity": list(validity(samples, shown.overhead(PEFT).median if dense is None else None)),
         "targets": targets,
     }
 
@@ -237,12 +262,21 @@ def _trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def memory_worker(way: str, where: str, dtype: str, device: str, ids_json: str) -> dict[str, Any]:
-    """Peak memory of a step net of the loaded model, in this process; with optimizer state for full fine-tuning."""
+def memory_worker(way: str, where: str, dtype: str, device: str, ids_json: str, in_4bit: str = "") -> dict[str, Any]:
+    """Peak memory of a step net of the loaded model, in this process; with optimizer state for full fine-tuning.
+
+    in_4bit: "4-bit" for QLoRA, where only the frozen model stays dense.
+    """
     from ._smollm2 import load
 
     ids = torch.tensor(json.loads(ids_json), device=device)
-    model = build(way, load(where, getattr(torch, dtype), device))
+    base = load(where, getattr(torch, dtype), device)
+    if in_4bit and way != FROZEN:
+        from . import _bitsandbytes
+
+        base = _bitsandbytes.in_4bit(base)
+    model = build(way, base)
+    del base
     gc.collect()
     gradients(model, ids[:1, :8])  # code, thread stacks and the like
     optimizer = torch.optim.AdamW(trainable(model)) if way == FULL else None
@@ -272,13 +306,20 @@ def memory_worker(way: str, where: str, dtype: str, device: str, ids_json: str) 
         once()
         after = _resident("VmHWM")
     net = None if before is None or after is None else after - before
-    return {"net_bytes": net, "trainable_bytes": _size(trainable(model))}
+    return {"net_bytes": net, "peak_bytes": after, "trainable_bytes": _size(trainable(model))}
 
 
 def memory(
-    where: str, ids: Tensor, *, dtype: torch.dtype, device: str, ways: tuple[str, ...], tick: Tick = None
+    where: str,
+    ids: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    ways: tuple[str, ...],
+    in_4bit: bool = False,
+    tick: Tick = None,
 ) -> dict[str, Any]:
-    """Peak memory net of the loaded model, each way in a fresh process."""
+    """Peak memory net of the loaded model, and of the whole process, each way in a fresh process. in_4bit: QLoRA."""
     cpu = not device.startswith("cuda")
     environment = {
         **os.environ,
@@ -292,6 +333,7 @@ def memory(
 
     def one(way: str) -> dict[str, Any]:
         arguments = [way, where, str(dtype).removeprefix("torch."), device, json.dumps(ids.tolist())]
+        arguments += ["4-bit"] if in_4bit else []
         # -P: not the folder that one happens to stand in, such as a clone beside an installed fastpeft
         command = [sys.executable, "-P", "-m", __name__, *arguments]
         try:
@@ -312,7 +354,7 @@ def memory(
     name = f"peak memory of a step net of the model, B={ids.shape[0]} S={ids.shape[1]}"
     net = {way: data["net_bytes"] for way, data in found.items()}
     targets = []
-    if net.get(OURS) and net.get(PEFT):
+    if net.get(OURS) and net.get(PEFT) and not in_4bit:
         ratio = Estimate.exact(net[OURS] / net[PEFT])
         frozen = net.get(FROZEN)  # its own activations and the loss: no adapter can need less
         note = "resident peak" if frozen is None else f"resident peak; the frozen model alone {frozen / net[PEFT]:.3f}"
@@ -320,5 +362,31 @@ def memory(
     return {"kind": "memory", "key": name, "memory": found, "targets": targets}
 
 
+# ------------------------------------------------------------------------------------------------------------- sizes
+
+BILLIONS = (7, 13, 33, 65, 70)
+
+
+def bits(double: bool, block: int = 64, nested_block: int = 256) -> float:
+    """Bits a weight of NF4: the code and its share of a float32 scale, or of an 8-bit scale and that one's float32 scale."""
+    return 4 + ((8 + 32 / nested_block) / block if double else 32 / block)
+
+
+def sizes(dense: nn.Module, in_4bit: nn.Module, label: str) -> dict[str, Any]:
+    """Bytes of the weights: of these models as they are stored, and computed for the usual large ones."""
+    from . import _bitsandbytes
+
+    def linears(model: nn.Module) -> nn.ModuleList:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        return nn.ModuleList(m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+
+    stored = {
+        f"{label}, linear layers": [_bitsandbytes.resident(linears(model)) for model in (dense, in_4bit)],
+        f"{label}, all of it": [_bitsandbytes.resident(model) for model in (dense, in_4bit)],
+    }
+    computed = {f"{n}B": [int(n * 1e9 * b / 8) for b in (16, bits(False), bits(True))] for n in BILLIONS}
+    return {"kind": "sizes", "key": f"bytes of the weights, {label}", "stored": stored, "computed": computed}
+
+
 if __name__ == "__main__":
-    print(json.dumps(memory_worker(*sys.argv[1:6])))
+    print(json.dumps(memory_worker(*sys.argv[1:7])))

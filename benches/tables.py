@@ -2,7 +2,8 @@
 
     python -m benches.tables [RESULTS.jsonl ...] [--readme README.md]
 
-puts the tables between `<!-- bench:begin -->` and `<!-- bench:end -->`; without files it reads benches/results/*.jsonl.
+puts the tables between `<!-- bench:begin -->` and `<!-- bench:end -->`, those of the suite qlora between
+`<!-- bench-qlora:begin -->` and `<!-- bench-qlora:end -->`; without files it reads benches/results/*.jsonl.
 Numbers are ratios, `median [low, high]` with the 95 % interval; overhead is time over the frozen layer alone, less 1.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 from ._measure import Estimate
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MARKERS = {"lora": (BEGIN, END), "qlora": ("<!-- bench-qlora:begin -->", "<!-- bench-qlora:end -->")}
 _PEERS = ("PEFT", "PEFT same dtype", "PEFT compiled", "composition")
 _OURS = "fastpeft"
 
@@ -62,8 +64,8 @@ def _class(cell: str) -> str:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """All lines of the files; a later line of the same key and machine replaces an earlier one."""
-    found: dict[tuple[str, str], Row] = {}
+    """All lines of the files; a later line of the same suite, key and machine replaces an earlier one."""
+    found: dict[tuple[str, str, str], Row] = {}
     for path in paths:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if line.strip():
@@ -71,8 +73,12 @@ def read(paths: Iterable[Path]) -> list[Row]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}:{number}: not a JSON line: {error}") from error
-                found[machine_of(row), row["key"]] = row
+                found[machine_of(row), suite_of(row), row["key"]] = row
     return list(found.values())
+
+
+def suite_of(row: Row) -> str:
+    return row.get("suite", "lora")  # lines from before there was another
 
 
 def machine_of(row: Row) -> str:
@@ -82,6 +88,7 @@ def machine_of(row: Row) -> str:
     return (
         f"{machine['cpu']} ({machine['family']}) {amx}, {machine['cores']} cores, {machine['threads']} threads{gpu}; "
         f"torch {versions['torch']}, peft {versions['peft']}"
+        + (f", bitsandbytes {versions['bitsandbytes']}" if suite_of(row) == "qlora" else "")
     )
 
 
@@ -168,6 +175,8 @@ def steps(rows: list[Row]) -> Table:
         "Training step without optimizer: overhead over the frozen model",
         ["step", "PEFT", "PEFT same dtype", "composition", _OURS, "floor", "rounds", "state"],
     )
+    if any(suite_of(row) == "qlora" for row in _of(rows, "step")):
+        table.note = "The frozen model is the dense one; PEFT runs over bitsandbytes."
     for row in _of(rows, "step"):
         overheads = [_short(row["overhead"].get(n)) for n in ("PEFT", "PEFT same dtype", "composition", _OURS)]
         rounds = f"{row['samples']['kept']}/{row['samples']['rounds']}"
@@ -176,33 +185,92 @@ def steps(rows: list[Row]) -> Table:
 
 
 def training(rows: list[Row]) -> Table:
-    table = Table("Fine-tuning side by side", ["what", "PEFT", "PEFT same dtype", _OURS, "full fine-tuning"])
+    full = _of(rows, "full")
+    columns = ["PEFT", "PEFT same dtype", _OURS, *(["full fine-tuning"] if full else [])]
+    table = Table("Fine-tuning side by side", ["what", *columns])
+
+    def add(*cells: str) -> None:
+        table.lines.append([*cells, "-"][: len(table.header)])
+
     for row in _of(rows, "training"):
         ways = ("PEFT", "PEFT same dtype", _OURS)
         losses = row["losses"]
         run = f"{row['model']} on {row['text']}, {row['steps']} steps"
         table.note = f"{run}, {row['key'].removeprefix('training ')}, {row['device']} {row['dtype']}. {row['report']}"
-        table.lines.append(["first loss", *(f"{losses[w][0]:.4f}" for w in ways), "-"])
+        add("first loss", *(f"{losses[w][0]:.4f}" for w in ways))
         last = max(1, len(losses["PEFT"]) // 5)
         means = (f"{sum(losses[w][-last:]) / last:.4f}" for w in ways)
-        table.lines.append([f"mean of the last {last} losses", *means, "-"])
+        add(f"mean of the last {last} losses", *means)
         gaps = row["gaps"]
-        table.lines.append(
-            ["largest |Δloss| to PEFT", "0", f"{gaps['PEFT same dtype']:.5f}", f"{gaps[_OURS]:.5f}", "-"]
-        )
+        add("largest |Δloss| to PEFT", "0", f"{gaps['PEFT same dtype']:.5f}", f"{gaps[_OURS]:.5f}")
         times = [_short(row["throughput"][w]) for w in ("PEFT", "PEFT same dtype")]
-        full = _of(rows, "full")
-        over = _short(full[0]["time"]) if full else "-"
-        table.lines.append(["time a step over fastpeft's", *times, "1", over])
+        add("time a step over fastpeft's", *times, "1", *(_short(f["time"]) for f in full[:1]))
         stored = [f"{row['stored_bytes'][w] / 1e6:.1f} MB" for w in ways]
-        whole = f"{full[0]['stored_bytes']['full fine-tuning'] / 1e6:.1f} MB" if full else "-"
-        table.lines.append(["bytes to store per task", *stored, whole])
+        whole = [f"{f['stored_bytes']['full fine-tuning'] / 1e6:.1f} MB" for f in full[:1]]
+        add("bytes to store per task", *stored, *whole)
     for row in _of(rows, "memory"):
-        net = {way: data["net_bytes"] for way, data in row["memory"].items()}
-        ours = net.get(_OURS)
-        ways = ("PEFT", "PEFT same dtype", _OURS, "full fine-tuning")
-        shares = [f"{net[w] / ours:.2f}" if ours and net.get(w) else "-" for w in ways]
-        table.lines.append([f"{row['key']}, over fastpeft's", *shares])
+        whole_too = suite_of(row) == "qlora"
+        peaks = [("net_bytes", row["key"])] + [("peak_bytes", "peak memory of the whole process")] * whole_too
+        for name, text in peaks:
+            found = {way: data.get(name) for way, data in row["memory"].items()}
+            ours = found.get(_OURS)
+            shares = [f"{found[w] / ours:.2f}" if ours and found.get(w) else "-" for w in columns]
+            add(f"{text}, over fastpeft's", *shares)
+    return table
+
+
+def sizes(rows: list[Row]) -> Table:
+    table = Table("Bytes of the weights", ["weights", "bf16", "NF4", "NF4 + double quantisation", "how"])
+    for row in _of(rows, "sizes"):
+        for name, (dense, quantised) in row["stored"].items():
+            shares = [f"{dense / 1e6:.1f} MB", "-", f"{quantised / 1e6:.1f} MB"]
+            table.lines.append([name, *shares, "as stored"])
+        for name, computed in row["computed"].items():
+            table.lines.append([name, *(f"{size / 1e9:.1f} GB" for size in computed), "computed"])
+    return table
+
+
+def linear4bit(rows: list[Row]) -> Table:
+    peers = {
+        "frozen": "dense bf16",
+        "bitsandbytes eval": "bitsandbytes eval",
+        "bitsandbytes dequantise + GEMM": "its dequantise + GEMM",
+        "bitsandbytes training": "its training path",
+        "torch int4": "torch int4",
+    }
+    table = Table(
+        "linear4bit: fastpeft's time over its peers'",
+        ["K->N, M", *peers.values(), "double quantisation over single", "share of the floor", "rounds", "state"],
+        note="Median ± half the 95 % interval. Floor: codes, scales, x and y read once at this machine's read bandwidth, or "
+        "the FLOPs at its best matmul rate. torch int4 is another format, with one scale and zero for 64 weights.",
+    )
+    for row in _of(rows, "linear4bit"):
+        times = [_short(row["time"].get(name)) for name in peers]
+        over = row["time"].get("fastpeft, double quantisation")
+        double = "-" if over is None or over[0] is None else f"{1 / over[0]:.3f}"
+        state = "wrong: " + ", ".join(row["wrong"]) if row["wrong"] else row["validity"][0]
+        rounds = f"{row['samples']['kept']}/{row['samples']['rounds']}"
+        share = row["floor_share"]
+        share = "-" if share is None else f"{share:.0%}"
+        name = row["key"].removesuffix(" bf16 fwd")
+        table.lines.append([name, *times, double, share, rounds, state])
+    return table
+
+
+def qlora_layers(rows: list[Row]) -> Table:
+    names = ("PEFT + bitsandbytes", _OURS, "fastpeft.apply")
+    table = Table(
+        "The QLoRA layer, forward and backward: time over the frozen dense layer's",
+        ["K->N, M", *names, "fastpeft over PEFT + bitsandbytes", "rounds", "state"],
+        note="fastpeft: `fp.ops.lora_linear` over a `Weight4bit`; fastpeft.apply: PEFT's own layer after `fp.apply`.",
+    )
+    for row in _of(rows, "qlora layer"):
+        times = [_short(row["over_dense"].get(name)) for name in names]
+        state = "wrong: " + ", ".join(row["wrong"]) if row["wrong"] else row["validity"][0]
+        rounds = f"{row['samples']['kept']}/{row['samples']['rounds']}"
+        over = _short(row["time"].get("PEFT + bitsandbytes"))
+        name = row["key"].removeprefix("qlora ").replace(" r=16", "")
+        table.lines.append([name, *times, over, rounds, state])
     return table
 
 
@@ -230,8 +298,11 @@ def others(rows: list[Row]) -> Table:
 
 
 def all_tables(rows: list[Row]) -> list[Table]:
-    made: list[Callable[[list[Row]], Table]] = [training, targets, steps, kernels, others]
-    return [table for table in (make(rows) for make in made) if table.lines]
+    """Each suite's, the suites apart."""
+    parts: tuple[Callable[[list[Row]], Table], ...]
+    parts = (training, sizes, targets, steps, kernels, linear4bit, qlora_layers, others)
+    suites = [[row for row in rows if suite_of(row) == suite] for suite in MARKERS]
+    return [table for own in suites for table in (make(own) for make in parts) if table.lines]
 
 
 def by_machine(rows: list[Row]) -> dict[str, list[Row]]:
@@ -255,27 +326,33 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
-def put_between(text: str, tables: str) -> str:
+def put_between(text: str, tables: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """`text` with what stands between the markers replaced. ValueError where a marker is missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = markers
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the file has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{tables.rstrip()}\n{END}{after}"
+        raise ValueError(f"the file has no {first} ... {last}")
+    return f"{before}{first}\n{tables.rstrip()}\n{last}{after}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.tables", description="Tables from result files.")
     parser.add_argument("files", nargs="*", type=Path, help="results (.jsonl); default: benches/results/*.jsonl")
-    parser.add_argument("--readme", type=Path, help=f"replace what stands between {BEGIN} and {END} there")
+    parser.add_argument("--readme", type=Path, help=f"replace what stands between {BEGIN} and {END} there, and so on")
     options = parser.parse_args(argv)
     files = options.files or sorted((Path(__file__).parent / "results").glob("*.jsonl"))
     try:
-        tables = markdown(read(files))
+        rows = read(files)
         if not options.readme:
-            print(tables)
+            print(markdown(rows))
             return 0
-        options.readme.write_text(put_between(options.readme.read_text(), tables))
+        text = options.readme.read_text()
+        for suite, markers in MARKERS.items():
+            own = [row for row in rows if suite_of(row) == suite]
+            if own:  # without results of a suite its block stays as it is
+                text = put_between(text, markdown(own), markers)
+        options.readme.write_text(text)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -173,14 +173,14 @@ static Weight4bit weight4bit(const int64_t* v) {
 }
 
 // linear4bit_small(dtype, x, M, ldx, the weight's 10, bias, bias_dtype, y, ldy, s, lds, R, a, a_dtype, lda, b, b_dtype,
-// ldb, scale, scale_stride, lora_bias, lora_bias_dtype, threads) -> status
+// ldb, scale, scale_stride, lora_bias, lora_bias_dtype, dot, threads) -> status
 static PyObject* small_4bit(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call_with_ints<32>("linear4bit_small", args, count, [](const int64_t* v) {
+  return call_with_ints<33>("linear4bit_small", args, count, [](const int64_t* v) {
     const int dtype = (int)v[0];
     return linear4bit().small({weight4bit(v + 4), v[2], v[20], matrix(v[1], v[3], dtype), matrix(v[16], v[17], dtype),
                                matrix(v[18], v[19], dtype), matrix(v[21], v[23], (int)v[22]),
                                matrix(v[24], v[26], (int)v[25]), scale_of(v[27], v[28]), vector(v[14], (int)v[15]),
-                               vector(v[29], (int)v[30]), (int)v[31]});
+                               vector(v[29], (int)v[30]), (int)v[31], (int)v[32]});
   });
 }
 
@@ -192,6 +192,15 @@ static PyObject* dequantize_4bit(PyObject*, PyObject* const* args, Py_ssize_t co
   });
 }
 
+// linear4bit_grad_small(dtype, dy, M, lddy, the weight's 10, dx, lddx, threads) -> status
+static PyObject* grad_small_4bit(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call_with_ints<17>("linear4bit_grad_small", args, count, [](const int64_t* v) {
+    const int dtype = (int)v[0];
+    return linear4bit().grad_small(
+        {weight4bit(v + 4), v[2], matrix(v[1], v[3], dtype), matrix(v[14], v[15], dtype), (int)v[16]});
+  });
+}
+
 using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 static PyMethodDef fast_method(const char* name, FastCall call, const char* doc) {
   return {name, (PyCFunction)(void (*)(void))call, METH_FASTCALL, doc};
@@ -199,6 +208,7 @@ static PyMethodDef fast_method(const char* name, FastCall call, const char* doc)
 static PyMethodDef FAST_METHODS[] = {
     fast_method("lora_linear_small", small, "Forward for few rows, base included: see csrc/lora_linear.h."),
     fast_method("linear4bit_small", small_4bit, "Forward for few rows: see csrc/linear4bit.h."),
+    fast_method("linear4bit_grad_small", grad_small_4bit, "Gradient of few rows: see csrc/linear4bit.h."),
     fast_method("linear4bit_dequantize", dequantize_4bit, "Rows and columns of the weight: see csrc/linear4bit.h."),
 };
 

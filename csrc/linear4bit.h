@@ -39,12 +39,22 @@ struct Linear4bitSmall {
   Matrix x, y, s, a, b;  // [M, K], [M, N], [M, R] (may be absent), [R, K], [N, R]
   Scale scale;
   Vector bias, lora_bias;  // [N]
+  int dot;                 // whether bf16 x takes the dot product of bf16 pairs, at the level that has one
+  int threads;
+};
+
+// dx = dy W, for few rows, over a tiled weight; rounded once
+struct Linear4bitGradSmall {
+  Weight4bit w;
+  int64_t M;
+  Matrix dy, dx;  // [M, N], [M, K]
   int threads;
 };
 
 struct Linear4bitKernels {
   int (*dequantize)(const Linear4bitDequantize&);
   int (*small)(const Linear4bitSmall&);
+  int (*grad_small)(const Linear4bitGradSmall&);
 };
 
 extern "C" {

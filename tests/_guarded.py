@@ -33,7 +33,7 @@ class Memory:
         if count == 0:
             return torch.empty(rows, columns, dtype=dtype)
         buffer = (ctypes.c_char * size).from_address(base + total - page - size)
-        flat = torch.frombuffer(buffer, dtype=dtype).fill_(float("nan"))
+        flat = torch.frombuffer(buffer, dtype=dtype).fill_(float("nan") if dtype.is_floating_point else 255)
         return flat.as_strided((rows, columns), (ld, 1))
 
     def copy(self, values: torch.Tensor, dtype: torch.dtype, gap: int = 0) -> torch.Tensor:

@@ -347,6 +347,8 @@ def test_help_imports_no_torch_and_lists_the_choices():
         (["--parts", "training,nonsense"], "unknown part 'nonsense'"),
         (["--time-budget", "-3"], "is not a number of seconds"),
         (["--peer", "nobody"], "invalid choice"),
+        (["--suite", "qlora", "--dtype", "fp32"], "leave out --dtype"),
+        (["--suite", "qlora", "--peer", "peft"], "leave out --peer"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -404,7 +406,7 @@ STAMP = {
     "commit": "0123456789abcdef",
     "dirty": False,
     "machine": {"cpu": "Test CPU", "family": "6/1/1", "amx": False, "cores": 2, "threads": 2},
-    "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+    "versions": {"torch": "2.13.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"},
     "device": "cpu",
     "dtype": "bf16",
 }
@@ -480,3 +482,240 @@ def test_a_later_line_replaces_an_earlier_one_and_a_broken_line_is_named(tmp_pat
     path.write_text("{\n")
     with pytest.raises(ValueError, match="r.jsonl:1"):
         tables.read([path])
+
+
+# ------------------------------------------------------------------------------------------------------ 4-bit weights
+
+
+def four_bit():
+    pytest.importorskip("bitsandbytes")
+    from benches import bench_linear4bit
+
+    return bench_linear4bit
+
+
+@pytest.fixture(scope="module")
+def small_rings():
+    return four_bit().Rings(128, 96, sets=2)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("m", [1, 70])
+def test_a_4bit_row_from_end_to_end(small_rings, m, double):
+    bench = four_bit()
+    row = bench.measure(bench.Case(128, 96, m, double), 0.0, of=small_rings)
+    assert not row["wrong"], row["error"]
+    expected = {"fastpeft", bench.TRAINING, bench.DEQUANTISE} | (set() if double else {bench.DOUBLE})
+    assert expected <= set(row["error"]) and "frozen" in row["time"]
+    assert (bench.EVAL in row["error"]) != (bench.EVAL in row["notes"])  # measured, or why not
+    assert not row["targets"] and row["floor"]["bytes"] > 128 * 96 // 2
+    json.dumps(row)
+
+
+def test_a_wrong_4bit_function_is_found(small_rings):
+    import torch
+
+    bench = four_bit()
+    case, x = bench.Case(128, 96, 40), torch.randn(40, 128).to(torch.bfloat16)
+    with torch.no_grad():
+        found = bench.providers(case, small_rings, x)
+        ring, right = found["fastpeft"]
+        found["fastpeft"] = (ring, lambda w: right(w) * 1.02)
+        assert bench.check(case, small_rings, x, found)[1] == {"fastpeft"}
+
+
+def test_each_form_of_a_weight_rotates_in_a_ring_of_its_own(small_rings):
+    ring = small_rings.ours(False)
+    first, second = ring.items
+    assert first.data.data_ptr() != second.data.data_ptr() and first.packed.equal(second.packed)
+    seen = [ring.next() for _ in range(4)]
+    assert seen[0] is seen[2] and seen[1] is seen[3] and seen[0] is not seen[1]
+    eval_, training = small_rings.packed(False), small_rings.bitsandbytes(False)
+    assert not hasattr(training.items[0].weight.quant_state, "packing_format_for_cpu")  # packing left it as it was
+    assert eval_.items[0].weight.data_ptr() != training.items[0].weight.data_ptr()
+
+
+def test_a_qlora_layer_from_end_to_end(small_rings):
+    from benches import bench_lora_linear as lora
+
+    bench = four_bit()
+    limits = (lora.Limit("time", bench.PEFT_4BIT, 0.8),)
+    row = bench.measure_qlora(lora.Case(128, 96, 40, "bf16", lora.BOTH, r=4, limits=limits), 0.0, of=small_rings)
+    assert not row["wrong"], row["error"]
+    assert {"fastpeft", bench.PEFT_4BIT} <= set(row["over_dense"]) and all(len(e) == 4 for e in row["error"].values())
+    assert {t["verdict"] for t in row["targets"]} == {"too noisy"}
+    json.dumps(row)
+
+
+def four_bit_summary(case, frozen, ours, floor, amx=False, **wrong):
+    bench = four_bit()
+    times = {FROZEN: frozen, "fastpeft": ours, bench.DOUBLE: 1.02 * ours, bench.EVAL: 1.0, bench.DEQUANTISE: 1.2}
+    times |= {bench.TRAINING: 12 * ours, bench.INT4: 1.1}
+    samples = Samples({n: list(t * noise(40, seed=i)) for i, (n, t) in enumerate(times.items())}, rounds=41)
+    samples.seconds[AGAIN] = list(frozen * noise(40, seed=99))
+    return samples, bench.summary(case, samples, {"seconds": floor}, amx=amx, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("m", "ours", "floor", "amx", "verdicts"),
+    [
+        (
+            1,
+            0.60,
+            0.1,
+            False,
+            ["met", "met", "met"],
+        ),  # 1/1.6 of the best, 1/10 of the training path, double quantisation
+        (1, 0.70, 0.1, False, ["not met", "met", "met"]),
+        (1, 0.70, 0.62, False, ["met", "met", "met"]),  # 85 % of the byte floor is all that is asked
+        (16, 0.75, 0.1, False, ["met", "met"]),
+        (16, 0.75, 0.1, True, ["not met", "met"]),  # with AMX 0.6 of the dense layer's 1.0
+        (128, 0.90, 0.1, False, ["met", "met", "met"]),
+        (128, 0.95, 0.1, False, ["met", "not met", "met"]),
+        (512, 1.09, 0.1, False, ["not met", "not met", "met"]),
+        (4, 0.5, 0.1, False, []),
+    ],
+)
+def test_targets_of_4bit_rows(m, ours, floor, amx, verdicts):
+    case = four_bit().Case(4096, 4096, m)
+    got = four_bit_summary(case, 1.0, ours, floor, amx)[1]
+    assert [t["verdict"] for t in got["targets"]] == verdicts
+    assert got["best_peer"] == four_bit().EVAL and got["validity"][0] == "ok"
+    for t in got["targets"]:
+        assert t["floor_limit"] is not None  # both are printed
+
+
+def test_no_speed_up_for_a_wrong_4bit_result():
+    got = four_bit_summary(four_bit().Case(2048, 2048, 1), 1.0, 0.5, 0.1, wrong={"fastpeft"})[1]
+    assert not got["time"] and {t["verdict"] for t in got["targets"]} == {"wrong result"}
+
+
+def test_4bit_cases_have_no_doubles_and_the_default_rows_all_carry_targets():
+    bench = four_bit()
+    assert all(bench.limits(case, amx) for case in bench.cases() for amx in (False, True))
+    every = bench.cases(full=True)
+    assert len(set(every)) == len(every) == 36 and set(bench.cases()) <= set(every)
+
+
+def test_bits_a_weight_as_in_the_paper_and_as_stored():
+    import torch
+
+    import fastpeft as fp
+    from benches import main_job
+
+    assert main_job.bits(False) == 4.5 and main_job.bits(True) == pytest.approx(4.127, abs=5e-4)
+    for double in (False, True):
+        stored = fp.ops.quantize_4bit(torch.randn(256, 256), double_quant=double).nbytes
+        assert stored == pytest.approx(256 * 256 * main_job.bits(double) / 8, abs=4)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A folder with a two-layer Llama and a tokenizer of single words, and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    four_bit()
+    folder = tmp_path_factory.mktemp("tiny")
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", *(f"w{i}" for i in range(62))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=64, num_key_value_heads=1, max_position_embeddings=256, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"w{(7 * i + j * j) % 62}" for j in range(40)) for i in range(60)))
+    return str(folder), str(text)
+
+
+def test_the_quick_qlora_suite_on_a_tiny_model(tiny_model, tmp_path, capsys, one_thread, monkeypatch):
+    three_rounds = lambda functions, seconds, sample, tick: _measure.paired(functions, 0.0, sample=sample, tick=tick)  # noqa: E731
+    monkeypatch.setattr(four_bit(), "paired", three_rounds)
+    folder, text = tiny_model
+    where = ["--model", folder, "--text", text, "--out", str(tmp_path / "out")]
+    assert cli.main(["--suite", "qlora", "--json", "--quick", "--shapes", "64x32@3", *where]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["kind"] for row in rows] == ["sizes", "training", "linear4bit", "linear4bit"]
+    assert all(row["suite"] == "qlora" and row["versions"]["bitsandbytes"] for row in rows)
+    sizes, training = rows[:2]
+    dense, stored = next(size for name, size in sizes["stored"].items() if "linear" in name)
+    assert stored < 0.3 * dense  # a quarter and the scales
+    assert sizes["computed"]["65B"] == [130_000_000_000, 36_562_500_000, pytest.approx(33.53e9, rel=1e-3)]
+    losses = training["losses"]
+    assert losses["PEFT"][0] == pytest.approx(losses["fastpeft"][0], rel=0.02) and "NF4" in training["model"]
+    assert (tmp_path / "out" / "losses.png").is_file() and (tmp_path / "out" / "linear4bit.png").is_file()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Bytes of the weights" in page and "QLoRA" not in page.split("<h2>")[0]
+
+
+def test_a_qlora_step_beside_the_dense_frozen_model(tiny_model, one_thread):
+    import torch
+
+    from benches import _bitsandbytes, _smollm2, main_job
+
+    dense = _smollm2.load(tiny_model[0], torch.bfloat16, "cpu")
+    base = _bitsandbytes.in_4bit(dense)
+    assert base.get_output_embeddings().weight is dense.get_output_embeddings().weight  # shared, and not quantised
+    ids = torch.randint(0, 64, (2, 16))
+    row = main_job.step(base, ids, 0.0, label="tiny", device="cpu", dense=dense)
+    assert set(row["overhead"]) == {"PEFT", "PEFT same dtype", "fastpeft"}
+    (one,) = row["targets"]
+    assert "over bitsandbytes" in one["text"] and one["limit"] == pytest.approx(1 / 1.15) and one["floor_limit"] > 0
+    json.dumps(row)
+
+
+def test_a_memory_worker_measures_the_4bit_model(tiny_model):
+    import torch
+
+    from benches import main_job
+
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    row = main_job.memory(tiny_model[0], ids, dtype=torch.bfloat16, device="cpu", ways=("PEFT",), in_4bit=True)
+    assert row["memory"]["PEFT"]["trainable_bytes"] > 0 and "peak_bytes" in row["memory"]["PEFT"] and not row["targets"]
+
+
+def qlora_rows() -> list[dict]:
+    bench = four_bit()
+    rows = []
+    for case in bench.cases():
+        samples, got = four_bit_summary(case, 1.0, 0.6, 0.5)
+        row = {"kind": "linear4bit", "key": case.name, "case": asdict(case), "wrong": [], "floor": {"seconds": 0.5}}
+        rows.append({**row, "samples": samples.as_json(), **got})
+    layer = {"kind": "qlora layer", "key": "qlora 2048->2048 M=512", "wrong": [], "samples": rows[0]["samples"]}
+    layer |= {"over_dense": {"fastpeft": [0.9, 0.8, 1.0]}, "time": {bench.PEFT_4BIT: [0.7, 0.6, 0.8]}}
+    sizes = {"kind": "sizes", "key": "sizes", "stored": {"tiny": [8_000_000, 2_000_000]}}
+    sizes |= {"computed": {"7B": [14_000_000_000, 3_937_500_000, 3_611_000_000]}}
+    training = next(row for row in synthetic_rows() if row["kind"] == "training")
+    about = {"suite": "qlora", "validity": ["ok", ""]}
+    return [{**STAMP, **about, **row} for row in json.loads(json.dumps([*rows, layer, sizes, training]))]
+
+
+def test_4bit_tables_go_between_markers_of_their_own(tmp_path):
+    results, readme = tmp_path / "r.jsonl", tmp_path / "README.md"
+    results.write_text("\n".join(json.dumps(row) for row in (*synthetic_rows(), *qlora_rows())))
+    first, last = tables.MARKERS["qlora"]
+    lora = f"{tables.BEGIN}\nold\n{tables.END}\n"
+    readme.write_text(f"{lora}between\n{first}\nold\n{last}\nafter\n")
+    assert tables.main([str(results), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    block, after = text.split(first)[1].split(last)
+    assert "old" not in text and after == "\nafter\n" and "lora_linear: overhead" not in block
+    for part in (
+        "nf4 4096->4096 M=16",
+        "bitsandbytes 0.50.2",
+        "| 7B | 14.0 GB | 3.9 GB | 3.6 GB |",
+        "its training path",
+    ):
+        assert part in block and part not in text.split(first)[0]
+    assert "full fine-tuning" in text.split(first)[0] and "full fine-tuning" not in block
+    assert tables.main([str(results), "--readme", str(readme)]) == 0 and readme.read_text() == text
+    readme.write_text(lora)  # no place for these
+    assert tables.main([str(results), "--readme", str(readme)]) == 2
+
+
+def test_4bit_plots(tmp_path):
+    from benches import _report
+
+    names = {path.name for path in _report.plots(qlora_rows(), tmp_path)}
+    assert names == {"losses.png", "linear4bit.png"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,11 +22,20 @@ def test_the_table_keeps_the_bounds_and_misses_no_kernel():
     assert not aot.broken(rows)
     for target in ("sm_80", "sm_90a"):
         names = {row.kernel for row in rows if row.target == target}
-        triton = (ROOT / "kernels" / "fastpeft_kernels" / "lora_linear.py").read_text().split("def ")[1:]
-        cuda = (ROOT / "csrc" / "cuda" / "lora_linear.cu").read_text().split(" void ")
+        sources = [ROOT / "kernels" / "fastpeft_kernels" / f"{stem}.py" for stem in ("lora_linear", "linear4bit")]
+        triton = [text for source in sources for text in source.read_text().split("def ")[1:]]
+        cuda = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
         wanted = {text.split("(")[0] for text in triton if text.split("(")[0].endswith("_kernel")}
-        wanted |= {f"CUDA {name}" for text in cuda if (name := text.split("(")[0].split(" ")[-1]).endswith("_kernel")}
+        wanted |= {f"CUDA {name}" for name in re.findall(r"\b(\w+_kernel)\(", cuda)}
         assert wanted and wanted <= names, f"{target}: run `python -m benches.aot --write`; missing {wanted - names}"
+
+
+def test_products_with_few_rows_leave_registers_for_two_blocks():
+    """256 threads: 128 registers for up to 4 rows (two blocks cover each other's start); no spills where x takes more."""
+    rows = [row for row in aot.read_table() if row.kernel == "CUDA small_kernel"]
+    assert len(rows) == 8
+    for row in rows:
+        assert row.spills == 0 and row.registers <= (128 if row.config.endswith("1, 1, 4") else 255), row
 
 
 def test_bounds_bind():
@@ -34,6 +44,15 @@ def test_bounds_bind():
     assert "spilled" in aot.broken([replace(gemm, spills=8)])[0]
     assert "shared memory" in aot.broken([replace(gemm, shared=300_000)])[0]
     assert "0 wgmma" in aot.broken([replace(gemm, counts=(0, 4, 6, 0))])[0]
+
+
+def test_a_weight_is_decoded_while_another_program_multiplies():
+    rows = [r for r in aot.read_table() if r.kernel == "linear4bit_gemm_kernel" and r.target == "sm_90a"]
+    big = [r for r in rows if "BLOCK_M=128 BLOCK_C=128" in r.config]
+    assert {nested for r in big for nested in (True, False) if f"NESTED={nested}" in r.config} == {True, False}
+    assert all(r.counts[0] for r in rows if "DESCRIPTORS=True" in r.config and "float32" not in r.config)
+    assert "one program an SM" in aot.broken([replace(big[0], registers=136)])[0]
+    assert "one program an SM" in aot.broken([replace(big[0], shared=120_000)])[0]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import _cuda_emulation
 import pytest
 import torch
 from _guarded import Memory
+from test_linear4bit import check_all as check_4bit
 from test_lora_linear import check_all, problem
 
 import fastpeft as fp
@@ -122,3 +123,12 @@ def test_not_a_number_reaches_the_result_and_nothing_else(backend):
         inputs["x"][2, 3] = float("nan")
     y = fp.ops.lora_linear(**inputs)
     assert y[2].isnan().all() and not y[[0, 1, 3, 4]].isnan().any()
+
+
+@pytest.mark.verifies("lora_linear over Weight4bit", "forward", "backward")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("m", [1, 7, 16, 40])
+def test_lora_linear_over_4bit(backend, m, dtype):
+    """The whole op on this backend: the kernel of few rows, or a decoded weight, with the rank-R passes around it."""
+    check_4bit(m, 128, 72, 6, dtype, double_quant=m % 2 == 1)
+    check_4bit(m, 37, 21, 3, dtype, p=0.2, seed=5)

@@ -1,5 +1,7 @@
 // Reading a 4-bit weight: scales, single rows, whole blocks of rows.
 #pragma once
+#include <omp.h>
+
 #include "../linear4bit.h"
 #include "tile.h"
 
@@ -10,6 +12,8 @@ using namespace fastpeft;
 constexpr int ROWS4 = 16, CODES4 = 8;  // a tile: 16 rows x 8 codes, a dword a row
 constexpr int LANES = ROWS4 / W;       // vectors of a tile's rows
 constexpr int64_t NESTED_BLOCK = 256;
+constexpr int64_t AHEAD = 8192;                                  // bytes of W that are on their way: 13 -> 18 GB/s
+constexpr int ODD_EVEN[CODES4] = {4, 0, 12, 8, 20, 16, 28, 24};  // where code k of a dword begins
 
 // Where things lie in a weight of either layout.
 struct Reader {
@@ -77,57 +81,86 @@ struct Reader {
     for (int64_t k = k0; k < k1;) {
       int64_t end = k1;
       if (n >= tiled_rows) {
-        codes(out + k - k0, w.data, n * w.K + k, n, k, end - k);
+        row_of(out + k - k0, w.data, n * w.K + k, n, k, end);
       } else {  // the row's dwords side by side
         const int64_t first = k / CODES4;
         end = smaller(k1, (first + PART / CODES4) * CODES4);
         const uint8_t* from = tile(n / ROWS4) + (first * ROWS4 + n % ROWS4) * 4;
         for (int64_t i = first; i < blocks(end, CODES4); ++i, from += ROWS4 * 4)
           memcpy(part + (i - first) * 4, from, 4);
-        codes(out + k - k0, part, k % CODES4, n, k, end - k);
+        row_of(out + k - k0, part, k % CODES4, n, k, end);
       }
       k = end;
     }
   }
 
+  // out[i] = book[code at + i of bytes] · s rounded once, i < count
+  template <class T>
+  FP_INLINE void run(T* out, const uint8_t* bytes, int64_t at, int64_t count, float s) const {
+    const V vs = set1(s);
+    int64_t i = 0;
+    const auto rest = [&](int64_t n) {
+      float values[W] = {};
+      for (int64_t j = 0; j < n; ++j)
+        values[j] = w.codebook[bytes[(at + i + j) / 2] >> ((at + i + j) % 2 ? 0 : 4) & 15] * s;
+      store_partial(out + i, load(values), (int)n);
+      i += n;
+    };
+    if (at % 2 && count) rest(1);
+    for (; i + W <= count; i += W) store(out + i, mul(unpack(book, bytes + (at + i) / 2), vs));
+    while (i < count) rest(smaller(W, count - i));
+  }
+
  private:
-  // out[i] = W[n, k + i], i < count; its codes begin at the code `at` of `bytes`
-  void codes(float* out, const uint8_t* bytes, int64_t at, int64_t n, int64_t k, int64_t count) const {
-    const auto one = [&](int64_t i) { return w.codebook[bytes[(at + i) / 2] >> ((at + i) % 2 ? 0 : 4) & 15]; };
-    for (int64_t i = 0; i < count;) {
-      const int64_t in_block = w.blocksize - (n * w.K + k + i) % w.blocksize;
-      const int64_t end = smaller(count, i + in_block);
-      const float s = scale_of(n, k + i);
-      const V vs = set1(s);
-      if ((at + i) % 2) out[i] = one(i) * s, ++i;
-      for (; i + W <= end; i += W) store(out + i, mul(unpack(book, bytes + (at + i) / 2), vs));
-      for (; i < end; ++i) out[i] = one(i) * s;
+  // out[i] = W[n, k + i], k + i < end; its codes begin at the code `at` of `bytes`
+  void row_of(float* out, const uint8_t* bytes, int64_t at, int64_t n, int64_t k, int64_t end) const {
+    for (int64_t i = k; i < end;) {
+      const int64_t count = smaller(end - i, w.blocksize - (n * w.K + i) % w.blocksize);
+      run(out + i - k, bytes, at + i - k, count, scale_of(n, i));
+      i += count;
     }
   }
 };
 
 template <class T>
 int dequantize(const Linear4bitDequantize& d) {
-  constexpr int64_t PART = 512;  // columns of 16 rows that stay in L1 while each row collects its dwords
+  constexpr int64_t PART = 512;  // columns of 16 rows at a time, in L1
   const Reader reader(d.w);
-  const int64_t rows = d.n1 - d.n0;
+  const int64_t K = d.w.K, width = d.k1 - d.k0;
   T* out = (T*)d.out.data;
-  const int threads = d.threads > 1 && (double)rows * (d.k1 - d.k0) > 1e5 ? d.threads : 1;
+  if (width <= 0) return OK;
+  const int threads = d.threads > 1 && (double)(d.n1 - d.n0) * width > 1e5 ? d.threads : 1;
+  const int64_t scale_floats = reader.stores_scales() ? 0 : K / reader.step * ROWS4;
+  Workspace work;
+  if (!work.allocate(threads * Workspace::size(scale_floats))) return OUT_OF_MEMORY;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t group = d.n0 / ROWS4; group < blocks(d.n1, ROWS4); ++group) {
-    alignas(64) float part[PART];
     const int64_t n0 = group * ROWS4 > d.n0 ? group * ROWS4 : d.n0, n1 = smaller(d.n1, (group + 1) * ROWS4);
-    for (int64_t k = d.k0; k < d.k1; k += PART)
+    const bool tiled = (group + 1) * ROWS4 <= reader.tiled_rows && d.k0 % CODES4 == 0;
+    alignas(64) float part[ROWS4 * PART / CODES4];  // a row's dwords side by side; or a row of fp32
+    static_assert(ROWS4 / CODES4 >= 1, "it holds a row of fp32");
+    const float* scales =
+        tiled ? reader.group_scales(group, work.base + omp_get_thread_num() * Workspace::size(scale_floats)) : nullptr;
+    for (int64_t k = d.k0; k < d.k1; k += PART) {
+      const int64_t end = smaller(d.k1, k + PART);
+      if (tiled)
+        transpose(part, PART / CODES4, (const float*)(reader.tile(group) + k * ROWS4 / 2), ROWS4,
+                  blocks(end - k, CODES4), ROWS4);
       for (int64_t n = n0; n < n1; ++n) {
-        const int64_t count = smaller(PART, d.k1 - k);
-        T* to = out + (n - d.n0) * d.out.ld + k - d.k0;
-        if constexpr (IS_FLOAT<T>) {
-          reader.row(to, n, k, k + count);
-        } else {
-          reader.row(part, n, k, k + count);
-          convert_row(to, part, count);
+        T* to = out + (n - d.n0) * d.out.ld - d.k0;
+        if (!tiled) {
+          reader.row(part, n, k, end);
+          convert_row(to + k, part, end - k);
+          continue;
+        }
+        const uint8_t* bytes = (const uint8_t*)(part + n % ROWS4 * (PART / CODES4));
+        for (int64_t i = k; i < end;) {
+          const int64_t block = i / reader.step, count = smaller(end, (block + 1) * reader.step) - i;
+          reader.run(to + i, bytes, i - k, count, scales[block * ROWS4 + n % ROWS4]);
+          i += count;
         }
       }
+    }
   }
   return OK;
 }

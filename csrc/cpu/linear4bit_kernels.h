@@ -4,18 +4,16 @@
 // of KC x 32 of them are decoded into L1 and multiplied by all rows of x. Rows of W outside tiles are decoded one by
 // one.
 #pragma once
-#include "linear4bit_decode.h"
+#include "linear4bit_dot.h"
 #include "lora_linear_kernels.h"
 #include "lora_linear_small_kernels.h"
 
 namespace {
 
 constexpr int DIRECT_M = LANES == 1 ? 4 : LANES == 2 ? 2 : 1;
-constexpr int PAIR = 2 * ROWS4;                                  // columns of y at a time
-constexpr int XM = 32;                                           // rows of x at a time, in tiles
-constexpr int64_t AHEAD = 8192;                                  // bytes of W that are on their way: 13 -> 18 GB/s
-constexpr int TAIL = DOT_N;                                      // rows of W outside tiles at a time
-constexpr int ODD_EVEN[CODES4] = {4, 0, 12, 8, 20, 16, 28, 24};  // where code k of a dword begins
+constexpr int PAIR = 2 * ROWS4;  // columns of y at a time
+constexpr int XM = 32;           // rows of x at a time, in tiles
+constexpr int TAIL = DOT_N;      // rows of W outside tiles at a time
 
 // out[m, n] = Σ_k x[m, k] · W[n, k] for M rows of x and the 16 rows of a tiled group; xt [K, M]
 template <int M>
@@ -80,8 +78,11 @@ int linear4bit_small(const Linear4bitSmall& d) {
   const Reader reader(d.w);
   const int64_t M = d.M, K = d.w.K, N = d.w.N, R = d.R;
   if (M == 0 || N == 0) return OK;
-  const bool is_direct = M <= DIRECT_M;
-  const int64_t groups = reader.tiled_rows / ROWS4, tail = N - reader.tiled_rows, xm = is_direct ? M : XM;
+  const bool is_dot = HAS_DOT<T> && d.dot, is_direct = !is_dot && M <= DIRECT_M;
+  const int64_t groups = reader.tiled_rows / ROWS4, tail = N - reader.tiled_rows,
+                xm = is_dot      ? DOT_ROWS
+                     : is_direct ? M
+                                 : XM;
   const int64_t ldx = round_up(K, W), lds = round_up(R, W), x_blocks = blocks(M, xm);
   const int64_t scale_floats = reader.stores_scales() ? 0 : K / reader.step * ROWS4;
   const T* x = (const T*)d.x.data;
@@ -89,7 +90,8 @@ int linear4bit_small(const Linear4bitSmall& d) {
   const int threads = useful_threads(d.threads, (double)(N + R) * K * M);
 
   const int64_t of_thread = Workspace::size(2 * scale_floats) + Workspace::size(tail ? TAIL * ldx : 0) +
-                            Workspace::size(PAIR * lds) + Workspace::size(ROWS4 * lds) + Workspace::size(M * PAIR);
+                            Workspace::size(PAIR * lds) + Workspace::size(ROWS4 * lds) +
+                            Workspace::size(x_blocks * xm * PAIR);
   Workspace work;
   if (!work.allocate(Workspace::size(M * ldx) + Workspace::size(groups ? x_blocks * K * xm : 0) +
                      Workspace::size(R * ldx) + Workspace::size(M * lds) + threads * of_thread))
@@ -101,6 +103,9 @@ int linear4bit_small(const Linear4bitSmall& d) {
   float* sf = work.take(M * lds);                         // s: [M, R]
   float* own = work.take(threads * of_thread);
 
+  // the pairs of a block of rows, in the room of its transpose: half of it
+  [[maybe_unused]] const auto pairs_of = [&](int64_t b) { return (uint32_t*)(xt + b * K * xm); };
+
   const auto run = [&] {
     const int me = omp_get_thread_num(), team = omp_get_num_threads();
     const Part k_part(blocks(K, W), team, me), r_part(R, team, me), pairs(blocks(groups, 2), team, me);
@@ -111,8 +116,15 @@ int linear4bit_small(const Linear4bitSmall& d) {
       store(xf + m * ldx + (k1 - 1) / W * W, zero());
       convert_row(xf + m * ldx + k0, x + m * d.x.ld + k0, k1 - k0);
     }
-    for (int64_t b = 0; b < x_blocks && k0 < k1 && groups; ++b)
+    for (int64_t b = 0; b < x_blocks && k0 < k1 && groups; ++b) {
+      if constexpr (HAS_DOT<T>) {
+        if (is_dot) {
+          pair_up(pairs_of(b), x + b * xm * d.x.ld, d.x.ld, smaller(xm, M - b * xm), k0, k1);
+          continue;
+        }
+      }
       transpose(xt + (b * K + k0) * xm, xm, x + b * xm * d.x.ld + k0, d.x.ld, smaller(xm, M - b * xm), k1 - k0);
+    }
 #pragma omp barrier
 
     alignas(64) float block[XM * MB];
@@ -137,7 +149,7 @@ int linear4bit_small(const Linear4bitSmall& d) {
     float* at = own + me * of_thread;
     const auto take = [&](int64_t floats) { return (at += Workspace::size(floats)) - Workspace::size(floats); };
     float *scale_room = take(2 * scale_floats), *rows = take(tail ? TAIL * ldx : 0), *b_rows = take(PAIR * lds);
-    float *bt = take(ROWS4 * lds), *out = take(M * PAIR);  // out [M, PAIR]
+    float *bt = take(ROWS4 * lds), *out = take(x_blocks * xm * PAIR);  // out [M, PAIR]
 
     // y[m, n0 + i] = out[m, i] + biases
     const auto finish = [&](int64_t n0, int64_t n) {
@@ -157,7 +169,15 @@ int linear4bit_small(const Linear4bitSmall& d) {
       const int64_t first = 2 * pair, count = smaller(2, groups - first), n0 = first * ROWS4;
       const float* scales[2];
       for (int64_t g = 0; g < count; ++g) scales[g] = reader.group_scales(first + g, scale_room + g * scale_floats);
-      if (is_direct) {
+      if constexpr (HAS_DOT<T>) {
+        for (int64_t i = 0; i < (is_dot ? count * x_blocks : 0); ++i) {
+          const int64_t g = i / x_blocks, b = i % x_blocks;
+          dot_rows_of(smaller(xm, M - b * xm), out + b * xm * PAIR + g * ROWS4, PAIR, reader, first + g, scales[g],
+                      pairs_of(b));
+        }
+      }
+      if (is_dot) {
+      } else if (is_direct) {
         for (int64_t g = 0; g < count; ++g) {
           float* to = out + g * ROWS4;
           if (M == 1) direct<1>(to, reader, first + g, scales[g], xt);
@@ -217,9 +237,73 @@ int linear4bit_small(const Linear4bitSmall& d) {
   return OK;
 }
 
+// dx = dy W: vectors lie along the rows m, each thread owns columns k and takes them a panel at a time.
+template <class T>
+int linear4bit_grad_small(const Linear4bitGradSmall& d) {
+  constexpr int64_t PANEL = 512;  // columns: 4 KB of a group's codes in one run, sums that stay in L1 or close to it
+  const Reader reader(d.w);
+  const int64_t M = d.M, K = d.w.K, N = d.w.N, lanes = round_up(M, W), groups = reader.tiled_rows / ROWS4;
+  if (M == 0 || K == 0) return OK;
+  const int threads = useful_threads(d.threads, (double)N * K * lanes);
+  const int64_t scale_floats = reader.stores_scales() ? 0 : K / reader.step * ROWS4;
+  const int64_t of_thread = Workspace::size(PANEL * lanes) + Workspace::size(2 * scale_floats);
+  Workspace work;
+  if (!work.allocate(Workspace::size(N * lanes) + threads * of_thread)) return OUT_OF_MEMORY;
+  float *dyt = work.take(N * lanes), *own = work.take(threads * of_thread);  // [N, M]
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int me = omp_get_thread_num(), team = omp_get_num_threads();
+    const Part rows(blocks(N, W), team, me), columns(blocks(K, KC), team, me);
+    const int64_t r0 = rows.begin * W, r1 = smaller(N, rows.end * W);
+    for (int64_t i = r0 * lanes; i < r1 * lanes; i += W) store(dyt + i, zero());
+    if (r0 < r1) transpose(dyt + r0 * lanes, lanes, (const T*)d.dy.data + r0, d.dy.ld, M, r1 - r0);
+#pragma omp barrier
+
+    float *sums = own + me * of_thread, *scale_room = sums + Workspace::size(PANEL * lanes);  // sums [PANEL, M]
+    alignas(64) float tile[KC * PAIR], out[MB * KC];
+    const int64_t end = smaller(K, columns.end * KC);
+    for (int64_t k0 = columns.begin * KC; k0 < end; k0 += PANEL) {
+      const int64_t width = smaller(PANEL, end - k0);
+      for (int64_t i = 0; i < width * lanes; i += W) store(sums + i, zero());
+      for (int64_t g = 0; g < groups; g += 2) {
+        const int64_t count = smaller(2, groups - g);
+        const float* scales[2];
+        for (int64_t i = 0; i < count; ++i) scales[i] = reader.group_scales(g + i, scale_room + i * scale_floats);
+        NoTile none;
+        for (int64_t k = 0; k < width; k += KC) {
+          const int64_t some = smaller(KC, width - k);
+          for (int64_t i = 0; i < count; ++i) decode(tile + i * ROWS4, reader, g + i, scales[i], k0 + k, k0 + k + some);
+          tile_gemm<PAIR, 1>(sums + k * lanes, lanes, tile, dyt + g * ROWS4 * lanes, lanes, some, count * ROWS4,
+                             (int)(lanes / W), none);
+        }
+      }
+      for (int64_t n = reader.tiled_rows; n < N; ++n)
+        for (int64_t k = 0; k < width; k += KC) {
+          const int64_t some = smaller(KC, width - k);
+          reader.row(tile, n, k0 + k, k0 + k + some);
+          for (int64_t i = 0; i < some; ++i)
+            for (int64_t m = 0; m < lanes; m += W) {
+              float* to = sums + (k + i) * lanes + m;
+              store(to, fma(set1(tile[i]), load(dyt + n * lanes + m), load(to)));
+            }
+        }
+      for (int64_t k = 0; k < width; k += KC)
+        for (int64_t m = 0; m < M; m += MB) {
+          const int64_t some = smaller(KC, width - k), m_count = smaller(MB, M - m);
+          transpose(out, KC, sums + k * lanes + m, lanes, some, m_count);
+          for (int64_t i = 0; i < m_count; ++i)
+            convert_row((T*)d.dx.data + (m + i) * d.dx.ld + k0 + k, out + i * KC, some);
+        }
+    }
+  }
+  return OK;
+}
+
+int linear4bit_grad_small_any(const Linear4bitGradSmall& d) { FASTPEFT_BY_DTYPE(linear4bit_grad_small, d, d.dy.dtype); }
 int linear4bit_small_any(const Linear4bitSmall& d) { FASTPEFT_BY_DTYPE(linear4bit_small, d, d.x.dtype); }
 int dequantize_any(const Linear4bitDequantize& d) { FASTPEFT_BY_DTYPE(dequantize, d, d.out.dtype); }
 
-constexpr Linear4bitKernels LINEAR4BIT_TABLE = {dequantize_any, linear4bit_small_any};
+constexpr Linear4bitKernels LINEAR4BIT_TABLE = {dequantize_any, linear4bit_small_any, linear4bit_grad_small_any};
 
 }  // namespace

@@ -55,6 +55,14 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t v, int lanes) {
   return __shfl_xor_sync(0xffffffffu, v, lanes);
 }
 
+// The compiler holds v in a register from here on, instead of computing it again wherever it is used. (It then no
+// longer knows that a pointer is to global memory: for copy_async only.)
+__device__ __forceinline__ void hold(uint32_t& v) { asm("" : "+r"(v)); }
+template <class T>
+__device__ __forceinline__ void hold(const T*& v) {
+  asm("" : "+l"(v));
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // 16 bytes to shared memory without waiting; zeros instead where !inside

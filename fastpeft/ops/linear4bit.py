@@ -11,8 +11,9 @@ import torch
 from .. import _native
 from ..reference import linear4bit as reference
 from ..weight4bit import BLOCKSIZES, QUANT_TYPES, Weight4bit
-from . import _check, linear4bit_cpu
+from . import _check, linear4bit_cpu, linear4bit_gpu, lora_linear_cuda
 from ._backend import forced
+from .linear4bit_lean import lean
 from .lora_linear import run
 from .lora_linear_check import Call
 
@@ -69,6 +70,10 @@ def linear4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None = 
     """
     if not isinstance(weight, Weight4bit):
         _check.bad_type("linear4bit", "weight", "an fp.Weight4bit (see quantize_4bit)", weight)
+    if not torch.is_grad_enabled():
+        y = lean(x, weight, None, None, 1.0, bias, None)
+        if y is not None:
+            return y
     call = Call(x, (weight,), (bias,), (None,), (None,), (1.0,), (None,), 0.0, None)
     return run("linear4bit", call)[0]
 
@@ -79,4 +84,10 @@ def dequantize(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty(weight.shape, dtype=dtype)
         n, k = weight.shape
         return linear4bit_cpu.dequantize(weight, out, slice(0, n), slice(0, k))
+    if weight.device.type == "cuda" and dtype in _native.CODES:
+        kernels = lora_linear_cuda if forced() in ("", "cuda") and _native.cuda() else None
+        if kernels is None and forced() in ("", "triton"):
+            kernels = _native.triton("linear4bit")
+        if kernels is not None:
+            return linear4bit_gpu.dense(kernels, weight.untile(), dtype)
     return reference.dense(weight, dtype)

@@ -20,6 +20,7 @@ from ..weight4bit import Weight4bit
 from . import _check
 from ._backend import forced
 from ._library import plain_call
+from .linear4bit_lean import lean as lean_4bit
 from .lora_linear_check import Call, Optionals, Weights, check, seed_tensor
 from .lora_linear_lean import constant, lean
 from .lora_linear_op import apply
@@ -68,7 +69,10 @@ def lora_linear(
             if ys is not None:
                 return ys[0]
         elif dropout_p == 0.0:
-            y = lean(x, weight, a, b, scale, bias, lora_bias)
+            if isinstance(weight, Weight4bit):
+                y = lean_4bit(x, weight, a, b, scale, bias, lora_bias)
+            else:
+                y = lean(x, weight, a, b, scale, bias, lora_bias)
             if y is not None:
                 return y
     call = Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
@@ -136,7 +140,7 @@ def run(op: str, call: Call) -> list[torch.Tensor]:
 def _autocast(call: Call) -> Call:
     """Under autocast everything computes in its dtype, as `torch.nn.functional.linear` does."""
     x = call.x
-    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, torch.Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return call
     dtype = torch.get_autocast_dtype(x.device.type)
 

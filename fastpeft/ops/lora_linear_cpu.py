@@ -62,7 +62,7 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
     ranks = [0 if t is None else t.shape[0] for t in a]
     s = x2.new_empty(m, sum(ranks))
     total = s.shape[1]
-    most = min(_small_m(native, x.dtype, weight) for weight in weights)
+    most = min(small_m(native, x.dtype, weight) for weight in weights)
     small = 0 < m <= most and dropout_p == 0.0 and k > 0
     if not small:
         _down(native, code, x2, s, a, ranks, dropout_p, seed, threads)
@@ -77,7 +77,8 @@ def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
             y = x2.new_empty(m, n)
             status = native.linear4bit_small(
                 code, x2.data_ptr(), m, k, *linear4bit_cpu.arguments(weight), _ptr(bias), _code(bias), y.data_ptr(), n,
-                s_i, total, r, *a_args, *b_args, _ptr(lora_bias), _code(lora_bias), threads,
+                s_i, total, r, *a_args, *b_args, _ptr(lora_bias), _code(lora_bias),
+                linear4bit_cpu.dot(), threads,
             )  # fmt: skip
             check_status(status, "linear4bit_small", m, k, n, r)
         elif small and n > 0 and weight.stride(1) == 1:
@@ -171,9 +172,10 @@ def project(x, weights, biases):
         ]
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
     for m in _slabs(x.shape[0], _PLANS["widen"]["rows"]):
+        rows = {dtype: x[m].to(dtype or x.dtype) for dtype in set(dtypes)}
         for y, w, bias, dtype in zip(ys, weights, biases, dtypes):
-            wide = x[m].to(dtype or x.dtype)
-            for n in _slabs(w.shape[0], _slab_size(w)):
+            wide = rows[dtype]
+            for n in _slabs(w.shape[0], _slab_size(w, w.shape[1])):
                 part = _slab(w, n, slice(0, w.shape[1]), wide.dtype).t()
                 y[m, n] = wide @ part if bias is None else torch.addmm(bias[n].to(wide.dtype), wide, part)
     return ys
@@ -182,6 +184,13 @@ def project(x, weights, biases):
 def combine(dys, weights):
     """Σ dy_i W_i [M, K] of dy_i [M, N_i], W_i [N_i, K]; as `project`."""
     dy, w = dys[0], weights[0]
+    if (
+        len(weights) == 1
+        and isinstance(w, Weight4bit)
+        and w.tiled
+        and dy.shape[0] <= small_m(_native.cpu(), dy.dtype, w)
+    ):
+        return linear4bit_cpu.grad_small(dy, w)
     dtypes = [_slab_dtype(dy, w) for w in weights]
     if not any(dtypes):
         dx = torch.mm(dy, w)
@@ -192,7 +201,7 @@ def combine(dys, weights):
     dx = dy.new_empty(dy.shape[0], w.shape[1])
     for m in _slabs(dy.shape[0], _PLANS["widen"]["rows"]):
         wide = [dy[m].to(dtype) for dy in dys]
-        for k in _slabs(w.shape[1], _slab_size(w)):
+        for k in _slabs(w.shape[1], _slab_size(w, w.shape[0])):
             total = wide[0] @ _slab(w, slice(0, w.shape[0]), k, dtype)
             for dy, other in zip(wide[1:], weights[1:]):
                 total.addmm_(dy, _slab(other, slice(0, other.shape[0]), k, dtype))
@@ -209,20 +218,25 @@ def _slab_dtype(x, w) -> torch.dtype | None:
     return torch.float32 if widens else None
 
 
-def _slab_size(w) -> int:
-    return _PLANS["decode" if isinstance(w, Weight4bit) else "widen"]["columns"]
+def _slab_size(w, length: int) -> int:
+    """How many rows or columns of that length make a slab."""
+    if isinstance(w, Weight4bit):
+        return max(64, linear4bit_cpu.ROOM // length // 64 * 64)
+    return _PLANS["widen"]["columns"]
 
 
 def _slab(w, n: slice, k: slice, dtype):
     """w[n, k] in `dtype`"""
     if isinstance(w, torch.Tensor):
         return w[n, k].to(dtype)
-    room = torch.empty(n.stop - n.start, k.stop - k.start, dtype=dtype)
-    return linear4bit_cpu.dequantize(w, room, n, k)
+    return linear4bit_cpu.dequantize(w, linear4bit_cpu.room(n.stop - n.start, k.stop - k.start, dtype), n, k)
 
 
-def _small_m(native, dtype, weight) -> int:
-    return (SMALL_M_4BIT if isinstance(weight, Weight4bit) else SMALL_M)[native.isa()][dtype]
+def small_m(native, dtype, weight) -> int:
+    if isinstance(weight, Weight4bit):
+        most = SMALL_M_4BIT[native.isa()][dtype]
+        return most if weight.tiled else min(most, _PLANS["decode"]["native_small_m"])
+    return SMALL_M[native.isa()][dtype]
 
 
 def _slabs(n: int, size: int) -> list[slice]:

@@ -20,15 +20,13 @@ import torch.nn.functional as F
 from .. import _native
 from ..reference.lora_linear import leading_shape
 from ..weight4bit import Weight4bit
-from . import lora_linear_cpu, lora_linear_cuda
+from . import linear4bit_gpu, lora_linear_cpu, lora_linear_cuda
 
 _PLANS = json.loads(Path(__file__).with_name("lora_linear.plans.json").read_text())["triton"]
 
 
 def can_cuda(meta) -> str | None:
     x = meta[0]
-    if any(isinstance(w, Weight4bit) for w in meta[3]):
-        return "it has no 4-bit weights yet"
     if not x.is_cuda:
         return f"tensors are on {x.device}"
     if _native.cuda() is None:
@@ -41,9 +39,7 @@ def can_cuda(meta) -> str | None:
 
 
 def can_triton(meta) -> str | None:
-    x, a, _, weights = meta
-    if any(isinstance(w, Weight4bit) for w in weights):
-        return "it has no 4-bit weights yet"
+    x, a, _, _ = meta
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors are on {x.device}"
     if _native.triton("lora_linear") is None:
@@ -71,7 +67,9 @@ def forward(passes, x, weights, biases, a, b, scales, lora_biases, dropout_p, se
     kernels.down(x2, [a[i] for i in live], [spans[i] for i in live], s, dropout_p, seed)
     fuses, ys = _fuses(kernels, x2), []
     for weight, bias, b_i, span, scale, lora_bias in zip(weights, biases, b, spans, scales, lora_biases):
-        if fuses:
+        if isinstance(weight, Weight4bit):
+            y = linear4bit_gpu.project(kernels, x2, weight, bias, lora_bias, s, b_i, span, scale)
+        elif fuses:
             y = kernels.project(x2, weight, bias, lora_bias, s, b_i, span, scale)
         else:
             y = F.linear(x2, weight, None if bias is None else bias.to(x.dtype))
@@ -114,14 +112,17 @@ def backward(passes, dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x,
 def _dx(kernels, dy, weights, live, s, k, t, a, spans, through, dropout_p, seed):
     """Σ_i dy_i W_i + drop_i(t_i A_i); the rank-R terms go with the last GEMM."""
     down = ([a[i] for i in through], [spans[i] for i in through], dropout_p, seed)
-    if _fuses(kernels, s):
+    if _fuses(kernels, s) and not any(isinstance(weights[i], Weight4bit) for i in live):
         dx = s.new_empty(s.shape[0], k)
         for i in live:
             kernels.combine(dy[i], weights[i], dx, i != live[0], t, *(down if i == live[-1] else ([], [], 0.0, None)))
         return dx
-    dx = dy[live[0]] @ weights[live[0]]
-    for i in live[1:]:
-        dx.addmm_(dy[i], weights[i])
+    dx = None
+    for i in live:
+        if isinstance(weights[i], Weight4bit):
+            dx = linear4bit_gpu.add_grad(kernels, dy[i], weights[i], dx)
+        else:
+            dx = dy[i] @ weights[i] if dx is None else dx.addmm_(dy[i], weights[i])
     kernels.add_down(dx, t, *down)
     return dx
 

@@ -47,8 +47,8 @@ def lean(x, weight, a, b, scale, bias, lora_bias):
             return None
         small = rows <= SMALL_M[native.isa()][dtype]
         scale_ptr, code, a_code, b_code = constant(scale).data_ptr(), CODES[dtype], CODES[a.dtype], CODES[b.dtype]
-        bias_ptr, bias_code = (0, 0) if bias is None else _vector(bias, n)
-        lora_bias_ptr, lora_bias_code = (0, 0) if lora_bias is None else _vector(lora_bias, n)
+        bias_ptr, bias_code = (0, 0) if bias is None else vector(bias, n)
+        lora_bias_ptr, lora_bias_code = (0, 0) if lora_bias is None else vector(lora_bias, n)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
     threads = torch.get_num_threads()
@@ -73,7 +73,7 @@ def lean(x, weight, a, b, scale, bias, lora_bias):
     return y if len(shape) == 2 else y.view(*shape[:-1], n)
 
 
-def _vector(t, n: int) -> tuple[int, int]:
+def vector(t, n: int) -> tuple[int, int]:
     """Pointer and dtype of a bias [n] that the kernel can read as it is; ValueError otherwise."""
     if t.shape != (n,) or not t.is_cpu or not t.is_contiguous():
         raise ValueError

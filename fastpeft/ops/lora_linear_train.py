@@ -14,12 +14,14 @@ from torch._C import _is_any_autocast_enabled
 from .. import _native
 from .._native import CODES
 from ..reference.philox import keep_threshold
-from . import _backend
+from ..weight4bit import Weight4bit, join, split
+from . import _backend, linear4bit_cpu
 from ._library import plain_call
 from .lora_linear_check import seed_tensor
-from .lora_linear_cpu import MAX_RANK, SMALL_M, check_status, combine, project
+from .lora_linear_cpu import MAX_RANK, check_status, combine, project, small_m
 from .lora_linear_lean import constant
 from .lora_linear_op import FIRST, gradients, save
+from .lora_linear_op import count as count_of
 
 
 def train(op, x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
@@ -46,10 +48,13 @@ def train(op, x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
                 and n > 0
                 and lora_bias is None
                 and weight.dtype is dtype
-                and not weight.requires_grad
                 and a_i.dtype in CODES and b_i.dtype in CODES
-                and weight.is_cpu and a_i.is_cpu and b_i.is_cpu
-                and weight.is_contiguous() and a_i.is_contiguous() and b_i.is_contiguous()
+                and a_i.is_cpu and b_i.is_cpu and a_i.is_contiguous() and b_i.is_contiguous()
+                and (
+                    weight.data.is_cpu
+                    if type(weight) is Weight4bit
+                    else weight.is_cpu and weight.is_contiguous() and not weight.requires_grad
+                )
                 and (
                     bias is None
                     or bias.shape == (n,) and bias.dtype is dtype and bias.is_contiguous() and bias.is_cpu
@@ -64,18 +69,28 @@ def train(op, x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
     except (AttributeError, IndexError, TypeError, ValueError):
         return None
     seed = seed_tensor(op, seed, x.device) if dropout_p else None
-    return _Train.apply((), dropout_p, _backend._forced, x, seed, *weights, *biases, *a, *b, *constants, *lora_biases)
+    weights, quants, forms = split(weights)
+    return _Train.apply(
+        forms, dropout_p, _backend._forced, x, seed, *weights, *biases, *a, *b, *constants, *lora_biases, *quants
+    )
 
 
 class _Train(torch.autograd.Function):
-    """apply((), dropout_p, backend, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases) -> ys, as LoraLinear."""
+    """apply(forms, dropout_p, backend, x, seed, *weights, ..., *lora_biases, *quants) -> ys, as LoraLinear."""
 
     @staticmethod
     def forward(ctx, forms, dropout_p, backend, x, seed, *flat):
-        native, threads, dtype, k, count = _native.cpu(), torch.get_num_threads(), x.dtype, x.shape[-1], len(flat) // 6
+        native, threads, dtype, k, count = (
+            _native.cpu(),
+            torch.get_num_threads(),
+            x.dtype,
+            x.shape[-1],
+            count_of(flat, forms),
+        )
         code, m = CODES[dtype], x.numel() // k
         weights, biases, a, b, scales = (flat[i : i + count] for i in range(0, 5 * count, count))
-        small = m <= SMALL_M[native.isa()][dtype] and not dropout_p
+        bases = join(weights, flat[6 * count :], forms)
+        small = not dropout_p and m <= min(small_m(native, dtype, weight) for weight in bases)
         mask = (keep_threshold(dropout_p), dropout_p, int(seed)) if dropout_p else (0, 0.0, 0)
         projections, total = [], 0
         for i, a_i in enumerate(a):
@@ -88,12 +103,19 @@ class _Train(torch.autograd.Function):
         if not small:
             status = native.lora_linear_down(code, x_ptr, m, k, k, s.data_ptr(), total, projections, *mask, threads)
             check_status(status, "lora_linear_down", m, k, 0, total)
-            bases = project(x2, weights, biases)
+            products = project(x2, bases, biases)
         ys: list[torch.Tensor] = []
-        for (a_ptr, a_code, r, _, column, _), weight, bias, b_i, scale in zip(projections, weights, biases, b, scales):
+        for (a_ptr, a_code, r, _, column, _), weight, bias, b_i, scale in zip(projections, bases, biases, b, scales):
             n = weight.shape[0]
             s_ptr = s.data_ptr() + column * s.element_size()
-            if small:
+            if small and forms and type(weight) is Weight4bit:
+                y = torch.empty_strided((m, n), (n, 1), dtype=dtype)
+                status = native.linear4bit_small(
+                    code, x_ptr, m, k, *linear4bit_cpu.arguments(weight), 0 if bias is None else bias.data_ptr(), code,
+                    y.data_ptr(), n, s_ptr, total, r, a_ptr, a_code, k, b_i.data_ptr(), CODES[b_i.dtype], r,
+                    scale.data_ptr(), 0, 0, 0, linear4bit_cpu.dot(), threads,
+                )  # fmt: skip
+            elif small:
                 y = torch.empty_strided((m, n), (n, 1), dtype=dtype)
                 status = native.lora_linear_small(
                     code, x_ptr, m, k, k, weight.data_ptr(), k, n, 0 if bias is None else bias.data_ptr(), code,
@@ -101,7 +123,7 @@ class _Train(torch.autograd.Function):
                     scale.data_ptr(), 0, 0, 0, threads,
                 )  # fmt: skip
             else:
-                y = bases[len(ys)]
+                y = products[len(ys)]
                 status = native.lora_linear_up(
                     code, y.data_ptr(), m, n, n, s_ptr, total, r, b_i.data_ptr(), CODES[b_i.dtype], r,
                     scale.data_ptr(), 0, 0, 0, threads,
@@ -119,6 +141,7 @@ class _Train(torch.autograd.Function):
         x, s, seed, *flat = saved
         native, threads, (m, total), code = _native.cpu(), torch.get_num_threads(), s.shape, CODES[s.dtype]
         weights, a, b, scales = (flat[i : i + count] for i in range(0, 4 * count, count))
+        bases = join(weights, flat[4 * count :], ctx.forms)
         k, size, p = x.shape[-1], s.element_size(), ctx.dropout_p
         mask = (keep_threshold(p), p, int(seed)) if p else (0, 0.0, 0)
         t = torch.empty_strided((m, total), (total, 1), dtype=s.dtype)
@@ -136,7 +159,7 @@ class _Train(torch.autograd.Function):
             das.append(da)
             dbs.append(db)
             column += r
-        dx = combine(live, weights) if wanted[FIRST - 2] else None
+        dx = combine(live, bases) if wanted[FIRST - 2] else None
         status = native.lora_linear_grad_down(
             code, x.data_ptr(), m, k, k, 0 if dx is None else dx.data_ptr(), k, t.data_ptr(), total, projections,
             *mask, threads,
@@ -145,4 +168,17 @@ class _Train(torch.autograd.Function):
         none = (None,) * count
         if dx is not None and x.dim() != 2:
             dx = dx.view(x.shape)
-        return (None, None, None, dx, None, *none, *none, *das, *dbs, *none, *none)
+        return (
+            None,
+            None,
+            None,
+            dx,
+            None,
+            *none,
+            *none,
+            *das,
+            *dbs,
+            *none,
+            *none,
+            *[None] * (3 * count if ctx.forms else 0),
+        )

@@ -129,6 +129,9 @@ inline bool run(dim3 grid, int threads, size_t shared, std::function<void()> bod
 #define gridDim emulated::block->grid
 
 inline void __syncthreads() { emulated::wait(2); }
+inline void __syncwarp() { emulated::wait(1); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 
 namespace fastpeft {
 
@@ -185,6 +188,9 @@ T* shared_memory() {
   const uintptr_t at = ((uintptr_t)emulated::block->shared.data() + 63) / 64 * 64;
   return (T*)at;
 }
+
+template <class T>
+void hold(T&) {}
 
 inline uint32_t shuffle_xor(uint32_t v, int lanes) {
   emulated::me().operands[0] = v;
