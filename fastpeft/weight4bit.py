@@ -21,6 +21,7 @@ from .reference import linear4bit as reference
 QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPE_LIST = list(DTYPES.values())
 TILE_ROWS, TILE_K = 16, 8
 _MAX_JSON = 1 << 16
 
@@ -90,6 +91,8 @@ class Weight4bit:
     def to(self, target: torch.device | str | torch.dtype) -> Weight4bit:
         """On another device (on the CPU in tiles), or for x of another dtype: the stored bytes stay as they are."""
         if isinstance(target, torch.dtype):
+            if target not in _DTYPE_LIST:
+                raise ValueError(f"Weight4bit.to: dtype must be one of {', '.join(DTYPES)}, got {target}")
             return self if target == self.dtype else replace(self, dtype=target)
         device = torch.device(target)
         if device == self.device:
@@ -129,14 +132,18 @@ class Weight4bit:
             "shape": list(self.shape),
         }
         state = {prefix: native.data.view(-1, 1), f"{prefix}.absmax": native.scales}
-        state[f"{prefix}.quant_map"] = reference.codebook(self.quant_type).to(self.device)
+        state[f"{prefix}.quant_map"] = self._constant(reference.codebook(self.quant_type))
         if self.nested_absmax is not None and self.offset is not None:
             about |= {"nested_blocksize": reference.NESTED_BLOCK, "nested_dtype": "float32"}
             about["nested_offset"] = self.offset.item()
             state[f"{prefix}.nested_absmax"] = self.nested_absmax
-            state[f"{prefix}.nested_quant_map"] = reference.dynamic_map().to(self.device)
+            state[f"{prefix}.nested_quant_map"] = self._constant(reference.dynamic_map())
         text = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
         return state | {f"{prefix}.quant_state.bitsandbytes__{self.quant_type}": text.to(self.device)}
+
+    def _constant(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy: safetensors takes no memory twice. (+ 0 gives FP4's code 8 bitsandbytes' 0, not -0.)"""
+        return values.to(self.device) + 0.0
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, torch.Tensor], prefix: str = "weight") -> Weight4bit:
@@ -167,7 +174,6 @@ def _untile(t: torch.Tensor, n: int, unit: int) -> torch.Tensor:
 # ---- as flat tensors and ints, for the registered op and autograd ----
 
 _FORM = 6  # ints a weight: N, K, blocksize, nf4 or fp4, dtype, tiled; zeros for a dense one
-_DTYPE_LIST = list(DTYPES.values())
 
 
 def split(

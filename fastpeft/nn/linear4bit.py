@@ -258,7 +258,6 @@ class Linear4bit(nn.Linear):
                 state[key] = state[key].view(-1).view(self.quant_storage).view(-1, 1)
             elif keep_vars and not _tiled(weight):
                 state[key] = weight
-        own_maps(state, key)
         destination[key] = state.pop(key)
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
@@ -330,13 +329,6 @@ class Linear4bit(nn.Linear):
             self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, self.bias.requires_grad)
         elif bias is not None:
             self.bias.copy_(bias)
-
-
-def own_maps(state: dict[str, torch.Tensor], key: str) -> None:
-    """Its constants copied: safetensors takes no memory twice. (+ 0 also gives FP4's code 8 bitsandbytes' +0, not -0.)"""
-    for name in (f"{key}.quant_map", f"{key}.nested_quant_map"):
-        if name in state:
-            state[name] = state[name] + 0.0
 
 
 _AS_IT_IS = contextlib.nullcontext()

@@ -57,8 +57,6 @@ def read(cls, layer: nn.Module, tile: bool):
 
 def write(layer) -> nn.Module:
     """See `Linear4bit.to_bitsandbytes`."""
-    from .linear4bit import own_maps
-
     bnb: Any = importlib.import_module("bitsandbytes.nn")
     weight = layer.weight4bit.untile()
     origin = layer._origin or {"class": "Linear4bit", "layer": {}, "weight": {}, "module": True}
@@ -71,7 +69,6 @@ def write(layer) -> nn.Module:
     made.compute_dtype = layer.compute_dtype
     made.bias = layer.bias
     state = weight.state_dict("weight")
-    own_maps(state, "weight")
     state = {k.removeprefix("weight."): v for k, v in state.items()}
     data = state.pop("weight").view(-1).view(layer.quant_storage).view(-1, 1)
     owner = made if origin["module"] else None
