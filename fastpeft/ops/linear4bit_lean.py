@@ -14,7 +14,7 @@ from .._native import CODES
 from ..weight4bit import Weight4bit
 from . import _backend, linear4bit_cpu
 from ._library import plain_call
-from .lora_linear_cpu import MAX_RANK, SMALL_M_4BIT, check_status
+from .lora_linear_cpu import MAX_RANK, check_status, small_m
 from .lora_linear_lean import constant, vector
 
 
@@ -28,7 +28,7 @@ def lean(x, weight: Weight4bit, a, b, scale, bias, lora_bias) -> torch.Tensor | 
         rows = x.numel() // k
         usual = (
             native is not None
-            and 0 < rows <= SMALL_M_4BIT[native.isa()][dtype]
+            and 0 < rows <= small_m(native, dtype, weight)
             and shape[-1] == k
             and n > 0
             and weight.dtype is dtype
