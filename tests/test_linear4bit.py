@@ -307,7 +307,7 @@ def check_all(m, k, n, r, dtype, scale=0.75, p=0.0, seed=None, lead=None, adapte
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (100, 72), (7, 37), (33, 80), (48, 576)])
 def test_linear4bit_against_float64(backend, n, k, dtype):
-    for m in (1, 2, 3, 4, 5, 17, 33, 150):
+    for m in (1, 2, 3, 4, 5, 17, 33, 200):
         for quant_type, double_quant in KINDS[m % 4 :: 4]:
             w = torch.randn(n, k).to(dtype)
             weight = quantize_4bit(w, quant_type=quant_type, double_quant=double_quant)
@@ -403,7 +403,7 @@ def test_leading_shapes(backend, lead):
 
 @pytest.mark.verifies("lora_linear_group over Weight4bit", "forward", "backward")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("m", [3, 40, 150])
+@pytest.mark.parametrize("m", [3, 40, 200])
 def test_group_of_dense_and_4bit(backend, m, dtype):
     """Each projection as it is alone, dense and 4-bit ones mixed; the gradient of x is their sum."""
     k, ns, ranks = 72, (40, 24, 33), (4, None, 3)
@@ -444,7 +444,7 @@ def test_group_of_dense_and_4bit(backend, m, dtype):
 # ---- how they behave -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [1, 4, 40, 150])
+@pytest.mark.parametrize("m", [1, 4, 40, 200])
 def test_bitwise_equal_twice_and_layouts_agree(backend, m):
     x = torch.randn(m, 64, dtype=torch.bfloat16)
     weight = quantize_4bit(torch.randn(50, 64, dtype=torch.bfloat16), double_quant=True)
