@@ -10,14 +10,16 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from . import _gpu_4bit
 from ._cuda import WARM
 from ._measure import Estimate
+from ._peers import OURS, PEFT
 
 Result = dict[str, Any]
 
 
 def text(result: Result) -> str:
-    """Targets, then a line a row: overhead, time over the best peer, share of the roofline."""
+    """Targets, then a line a row: overhead, time over the best peer, share of the roofline; 4-bit rows, and their plan."""
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
     lines = [f"{result['gpu']}; commit {result['commit']}; {versions}"]
     if result.get("tests"):
@@ -41,14 +43,46 @@ def text(result: Result) -> str:
         lines.append(
             f"{row['key']}: overhead {own}, time over {peer} {over}, roofline {row['roofline']:.0%} {row['validity'][0]}"
         )
+    lines += four_bit(result)
     if result["left_out"]:
         lines.append(f"left out for want of time: {', '.join(result['left_out'])}")
     return "\n".join(lines)
 
 
+def four_bit(result: dict[str, Any]) -> list[str]:
+    """Lines of the report: a row each, the plans' table, the recommendation."""
+    lines = []
+    if "empty_kernel" in result:
+        times = ", ".join(f"{mode}: {1e6 * seconds:.1f} µs" for mode, seconds in result["empty_kernel"].items())
+        lines.append(f"a kernel with nothing to do, as these rows are timed: {times}")
+    for row in result["rows"]:
+        if row["kind"] == _gpu_4bit.KIND:
+            over = ", ".join(f"{peer} {Estimate.from_json(v)}" for peer, v in row["time"].items())
+            shares = f"copy bandwidth {row['copy_share']:.0%}, roofline {row['roofline']:.0%}"
+            lines.append(f"{row['key']}: {shares}; time over {over} {row['validity'][0]}")
+    found = result.get("plan_4bit")
+    if found is None:
+        return lines
+    for row in found["table"]:
+        times = ", ".join(f"{name.removeprefix('plan ')} {1e6 * s:.1f}" for name, s in row["seconds"].items())
+        ratio = Estimate.from_json(row["fused_over_decoded"])
+        lines.append(f"plans in µs, {row['key']}: {times}; fused over decode + GEMM {ratio} {row['validity']}")
+    where = f"gpu_4bit.fused_to_m in fastpeft/ops/lora_linear.plans.json (now {found['now']})"
+    if found["fused_to_m"] is None:
+        return [*lines, f"{where}: no row was quiet enough to tell"]
+    key, loss = found["worst"]
+    measured = ", ".join(map(str, found["rows"]))
+    lines.append(
+        f"{where}: recommended {found['fused_to_m']}, of M = {measured}; it loses {loss:.1%} at most ({key}), "
+        f"the present value {found['mean_loss_now']:.1%} on average"
+    )
+    return lines
+
+
 def plots(result: Result, folder: Path) -> list[Path]:
     """Speed over the best peer and share of the roofline by row, and peak memory; the files."""
-    rows = [row for row in result["rows"] if row["kind"] == "gpu" and row.get("best_peer") in row["time"]]
+    kinds = ("gpu", _gpu_4bit.KIND)
+    rows = [row for row in result["rows"] if row["kind"] in kinds and row.get("best_peer") in row["time"]]
     if not rows:
         return []
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.2 * len(rows) + 1.6), sharey=True)
@@ -72,10 +106,11 @@ def plots(result: Result, folder: Path) -> list[Path]:
     if warm:
         figure, axis = plt.subplots(figsize=(9, 0.25 * len(warm) + 1.6))
         for i, row in enumerate(warm):
-            axis.barh(i, row["peak_bytes"]["fastpeft"] / max(row["peak_bytes"]["PEFT"], 1), color="#1f77b4")
+            peer = PEFT if row["kind"] == "gpu" else row["best_peer"]
+            axis.barh(i, row["peak_bytes"][OURS] / max(row["peak_bytes"][peer], 1), color="#1f77b4")
         axis.set_yticks(range(len(warm)), [row["key"] for row in warm], fontsize=7)
         axis.invert_yaxis()
-        axis.set(xlabel="peak memory of a call over PEFT's")
+        axis.set(xlabel="peak memory of a call over PEFT's (4-bit rows: over the best peer's)")
         paths.append(_save(figure, folder / "gpu-memory.png"))
     return paths
 

@@ -3,19 +3,20 @@
     python -m benches.gpu_suite                                # results in gpu-results/
     python -m benches.gpu_suite --gate benches/baselines/h100.json
 
-Stays under 9 minutes. The exit code is 1 if a test failed, a result was wrong or the gate found a ratio slower than the
-recorded one (its rules: `benches/gate.py`), 2 if it could not run.
+Stays under 9 minutes; 4-bit rows: `benches/_gpu_4bit.py`. The exit code is 1 if a test or a row failed, a result was wrong or
+the gate found a ratio slower than the recorded one (its rules: `benches/gate.py`), 2 if it could not run.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from . import _cuda, _machine
+from . import _cuda, _gpu_4bit, _machine
 from . import bench_lora_linear as bench
 from ._measure import AGAIN, FROZEN, time_cpu
 from .bench_lora_linear import BOTH, FORWARD, Case, Limit
@@ -31,18 +32,20 @@ from .gate import SCHEMA, gate
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 540.0  # seconds, of everything
+LEAST, MOST = 3.0, 6.0  # seconds of sampling a row: too few rounds are no verdict, so that rows are left out instead
+AnyCase = Case | _gpu_4bit.Case
 HEADLINE = Case(4096, 4096, 8192, "bf16", BOTH, limits=(Limit("own overhead", FROZEN, 0.10),))
 
 
-def cases() -> list[Case]:
-    """The headline row first: what is left out when time runs short stands last."""
+def cases() -> list[AnyCase]:
+    """The headline rows first, then LoRA and 4-bit rows in turn: what is left out when time runs short stands last."""
     shapes = ((4096, 4096), (2048, 2048), (576, 1536), (4096, 14336), (14336, 4096))
-    found = [HEADLINE]
-    found += [Case(k, n, m, "bf16", BOTH) for m in (2048, 512, 16384, 64) for k, n in shapes]
-    found += [Case(k, n, m, "bf16", FORWARD) for m in (1, 16, 512) for k, n in shapes[:4]]
-    found += [replace(HEADLINE, r=r, limits=()) for r in (8, 64, 256)]
-    found += [Case(4096, 4096, 2048, dtype, BOTH) for dtype in ("fp16", "fp32")]
-    return found
+    dense = [Case(k, n, m, "bf16", BOTH) for m in (2048, 512, 16384, 64) for k, n in shapes]
+    dense += [Case(k, n, m, "bf16", FORWARD) for m in (1, 16, 512) for k, n in shapes[:4]]
+    dense += [replace(HEADLINE, r=r, limits=()) for r in (8, 64, 256)]
+    dense += [Case(4096, 4096, 2048, dtype, BOTH) for dtype in ("fp16", "fp32")]
+    pairs = itertools.zip_longest(dense, _gpu_4bit.other_cases())
+    return [HEADLINE, *_gpu_4bit.headline_cases(), *(case for pair in pairs for case in pair if case is not None)]
 
 
 def modes(device: str) -> dict[str, Any]:
@@ -54,8 +57,10 @@ def modes(device: str) -> dict[str, Any]:
     }
 
 
-def measure(case: Case, seconds: float, device: str) -> list[dict[str, Any]]:
+def measure(case: AnyCase, seconds: float, device: str) -> list[dict[str, Any]]:
     """Rows of one case, one a timing mode; errors against float64 first."""
+    if isinstance(case, _gpu_4bit.Case):
+        return _gpu_4bit.measure(case, seconds, device, modes(device))
     layers = bench.Layers.make(case, device, sets=1)
     found = bench.providers(case, layers, bench.PEERS)
     error, wrong = bench.check(case, layers, found)
@@ -116,7 +121,7 @@ def tests() -> dict[str, Any]:
     return {"exit_code": run.returncode, "counts": counts, "tail": run.stdout[-3000:]}
 
 
-def collect(device: str, budget: float, wanted: list[Case] | None = None) -> dict[str, Any]:
+def collect(device: str, budget: float, wanted: Sequence[AnyCase] | None = None) -> dict[str, Any]:
     """Measure until the budget is spent; the result without tests and verdict."""
     start = time.perf_counter()
     about = _machine.describe(device)
@@ -128,9 +133,11 @@ def collect(device: str, budget: float, wanted: list[Case] | None = None) -> dic
         "state": [_cuda.state()] if device != "cpu" else [],
         "rows": [],
         "left_out": [],
+        "failed": {},  # row -> the exception
     }
     if device != "cpu":
         result["copy_bandwidth"], result["matrix_rate"] = _cuda.copy_bandwidth(), _cuda.matrix_rate(torch.bfloat16)
+        result["empty_kernel"] = _gpu_4bit.empty_kernel(device, modes(device))
     wanted = cases() if wanted is None else wanted
     for i, case in enumerate(wanted):
         left = start + budget - time.perf_counter()
@@ -138,11 +145,15 @@ def collect(device: str, budget: float, wanted: list[Case] | None = None) -> dic
             result["left_out"] += [c.name for c in wanted[i:]]
             break
         print(f"[{time.perf_counter() - start:4.0f} s] {case.name}", file=sys.stderr, flush=True)
-        result["rows"] += measure(case, min(6.0, left / (len(wanted) - i)), device)
+        try:
+            result["rows"] += measure(case, min(MOST, max(LEAST, left / (len(wanted) - i))), device)
+        except Exception as failure:  # the other rows are worth having
+            result["failed"][case.name] = f"{type(failure).__name__}: {str(failure)[:500]}"
         if i == 0:
             for name, run in others(device, 6.0 if device != "cpu" else 0.2):
                 print(f"[{time.perf_counter() - start:4.0f} s] {name}", file=sys.stderr, flush=True)
                 result["rows"].append(run())
+    result["plan_4bit"] = _gpu_4bit.plan(result["rows"])
     if device != "cpu":
         result["state"].append(_cuda.state())
     return result
@@ -179,7 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     for path in (file, *_gpu_report.plots(result, options.out)):
         print(path)
     wrong = sorted({row["key"] for row in result["rows"] if bench.OURS in row.get("wrong", ())})
-    code = 1 if wrong or (tested and tested["exit_code"]) else 0
+    code = 1 if wrong or result["failed"] or (tested and tested["exit_code"]) else 0
+    for name, why in result["failed"].items():
+        print(f"row failed: {name}: {why}", file=sys.stderr)
     for key in wrong:
         print(f"wrong result: {key}", file=sys.stderr)
     if tested and tested["exit_code"]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
 
-from benches import _gpu_report, gate, gpu_suite
+from benches import _gpu_report, _measure, gate, gpu_suite
 from benches.bench_lora_linear import BOTH, Case
 
 
@@ -79,16 +80,18 @@ def test_the_first_run_is_recorded_and_then_binds(tmp_path):
 def test_collection_and_report(tmp_path, monkeypatch, one_thread):
     """What the suite collects, here by wall time on a CPU, is JSON, and has a report, plots and a gate."""
     monkeypatch.setattr(gpu_suite, "others", lambda device, seconds: [])
-    cases = [Case(64, 48, 16, "bf16", BOTH), Case(48, 64, 16, "bf16", BOTH)]
-    found = json.loads(json.dumps(gpu_suite.collect("cpu", 4.0, cases)))
-    assert [row["key"] for row in found["rows"]] == [f"{case.name}, wall" for case in cases]
-    for row in found["rows"]:
-        assert not row["wrong"] and set(row["time"]) >= {"PEFT", "composition"} and row["roofline"] > 0
+    monkeypatch.setattr(gpu_suite, "MOST", 0.1)  # seconds a row; the budget is no part of this test
+    monkeypatch.setattr(_measure, "DELAY_LIMIT", math.inf)  # a busy machine's rounds count too
+    case = Case(64, 48, 16, "bf16", BOTH)
+    found = json.loads(json.dumps(gpu_suite.collect("cpu", 600.0, [case])))
+    (row,) = found["rows"]
+    assert row["key"] == f"{case.name}, wall" and not row["wrong"] and row["roofline"] > 0
+    assert set(row["time"]) >= {"PEFT", "composition"} and not found["failed"] and not found["left_out"]
     text = _gpu_report.text(found)
-    assert cases[0].name in text and "overhead" in text
+    assert case.name in text and "overhead" in text
     assert [path.name for path in _gpu_report.plots(found, tmp_path)] == ["gpu-speed.png"]
     assert gate.compare(found, copy.deepcopy(found)).exit_code == 0
-    assert gpu_suite.collect("cpu", 0.0, cases)["left_out"] == [case.name for case in cases]
+    assert gpu_suite.collect("cpu", 0.0, [case])["left_out"] == [case.name]
 
 
 def test_without_a_gpu_it_says_so(capsys):
