@@ -690,7 +690,7 @@ META = {"device": "meta"}
         ({"weight": torch.randn(5, 8).double()}, ValueError, "weight must be of x's dtype .* got torch.float64"),
         ({"weight": torch.randn(5, 8, requires_grad=True)}, ValueError, "weight must be frozen"),
         ({"weight": torch.empty(5, 8, **META)}, ValueError, r"weight must be on x's device \(cpu\), got meta"),
-        ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
+        ({"weight": None}, TypeError, "weight must be a torch.Tensor or an fp.Weight4bit, got NoneType"),
         ({"a": torch.randn(2, 7)}, ValueError, r"a must be \[R, K\] = \[2, 8\], got \[2, 7\]"),
         ({"a": torch.randn(0, 8)}, ValueError, r"a must be \[R, K\] = \[R ≥ 1, 8\], got \[0, 8\]"),
         ({"a": None}, TypeError, "a must be a torch.Tensor"),
