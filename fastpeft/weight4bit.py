@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 import torch
@@ -43,6 +43,15 @@ class Weight4bit:
     quant_type: str
     blocksize: int
     tiled: bool = False
+    pointers: list[tuple[int, ...]] = field(default_factory=list, init=False, repr=False)  # see ops/linear4bit_cpu.py
+
+    def __getstate__(self) -> list[Any]:
+        return [getattr(self, f.name) for f in fields(self) if f.init]  # a copy lies elsewhere
+
+    def __setstate__(self, state: list[Any]) -> None:
+        names = [f.name for f in fields(self) if f.init]
+        for name, value in zip((*names, "pointers"), (*state, []), strict=True):
+            object.__setattr__(self, name, value)
 
     # ---- as bitsandbytes has it ----
 

@@ -17,6 +17,9 @@ from ._library import plain_call
 from .lora_linear_cpu import MAX_RANK, check_status, small_m
 from .lora_linear_lean import constant, vector
 
+NO_ADAPTER = (0,) * 8
+ALWAYS_SMALL_M = 4  # on every instruction set: no need to ask which
+
 
 def lean(x, weight: Weight4bit, a, b, scale, bias, lora_bias) -> torch.Tensor | None:
     """y [..., N] of a plain call without gradients; a and b may be None. None where it is anything else."""
@@ -28,16 +31,15 @@ def lean(x, weight: Weight4bit, a, b, scale, bias, lora_bias) -> torch.Tensor | 
         rows = x.numel() // k
         usual = (
             native is not None
-            and 0 < rows <= small_m(native, dtype, weight)
             and shape[-1] == k
-            and n > 0
             and weight.dtype is dtype
             and weight.tiled
+            and (0 < rows <= ALWAYS_SMALL_M or 0 < rows <= small_m(native, dtype, weight))
             and x.is_cpu and x.is_contiguous()
         )  # fmt: skip
         if not usual:
             return None
-        adapter = (0, 0, 0, 0, 0, 0, 0, 0)
+        adapter = NO_ADAPTER
         if a is not None or b is not None:
             (r, a_k), (b_n, b_r) = a.shape, b.shape
             fits = a_k == k and b_n == n and b_r == r <= MAX_RANK and a.is_cpu and b.is_cpu
@@ -45,13 +47,14 @@ def lean(x, weight: Weight4bit, a, b, scale, bias, lora_bias) -> torch.Tensor | 
                 return None
             scale_ptr = constant(scale).data_ptr()
             adapter = (a.data_ptr(), CODES[a.dtype], k, b.data_ptr(), CODES[b.dtype], r, scale_ptr, 0)
-        biases = [(0, 0) if t is None else vector(t, n) for t in (bias, lora_bias)]
+        first = (0, 0) if bias is None else vector(bias, n)
+        second = (0, 0) if lora_bias is None else vector(lora_bias, n)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
     y = torch.empty_strided((rows, n), (n, 1), dtype=dtype)
     status = native.linear4bit_small(
-        CODES[dtype], x.data_ptr(), rows, k, *linear4bit_cpu.arguments(weight), *biases[0], y.data_ptr(), n, 0, r, r, *adapter,
-        *biases[1], linear4bit_cpu.dot(), torch.get_num_threads(),
+        CODES[dtype], x.data_ptr(), rows, k, *linear4bit_cpu.arguments(weight), *first, y.data_ptr(), n, 0, r, r, *adapter,
+        *second, linear4bit_cpu.dot(), torch.get_num_threads(),
     )  # fmt: skip
     if status:
         check_status(status, "linear4bit_small", rows, k, n, r)
