@@ -169,14 +169,13 @@ int linear4bit_small(const Linear4bitSmall& d) {
       const int64_t first = 2 * pair, count = smaller(2, groups - first), n0 = first * ROWS4;
       const float* scales[2];
       for (int64_t g = 0; g < count; ++g) scales[g] = reader.group_scales(first + g, scale_room + g * scale_floats);
-      if constexpr (HAS_DOT<T>) {
-        for (int64_t i = 0; i < (is_dot ? count * x_blocks : 0); ++i) {
-          const int64_t g = i / x_blocks, b = i % x_blocks;
-          dot_rows_of(smaller(xm, M - b * xm), out + b * xm * PAIR + g * ROWS4, PAIR, reader, first + g, scales[g],
-                      pairs_of(b));
-        }
-      }
       if (is_dot) {
+        if constexpr (HAS_DOT<T>) {
+          for (int64_t g = 0; g < count; ++g)
+            for (int64_t b = 0; b < x_blocks; ++b)
+              dot_rows_of(smaller(xm, M - b * xm), out + b * xm * PAIR + g * ROWS4, PAIR, reader, first + g, scales[g],
+                          pairs_of(b));
+        }
       } else if (is_direct) {
         for (int64_t g = 0; g < count; ++g) {
           float* to = out + g * ROWS4;
