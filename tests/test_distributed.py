@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
+import _ranks
 import pytest
 import torch
 
@@ -18,26 +17,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """Runs this file on two ranks; what each of them found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        with open(folder / f"{rank}.log", "w") as log:
-            command = [sys.executable, __file__, str(folder / f"{rank}.pt")]
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=240) == 0, (folder / f"{rank}.log").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return _ranks.run(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.verifies("lora_linear", "fsdp", backend="cpu", dtype=["float32", "bfloat16"])

@@ -178,6 +178,26 @@ def test_copies():
     assert torch.equal(narrow.dequantize(), weight.dequantize().bfloat16())
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_under_another_default_device(double_quant):
+    """What is kept between calls is made on the CPU, and results are where the weight is."""
+    w = torch.randn(40, 64)
+    expected = quantize_4bit(w, double_quant=double_quant)
+    kept = (reference.codebook, reference.dynamic_map, reference._table)
+    for function in kept:
+        function.cache_clear()
+    try:
+        with torch.device("meta"):
+            weight = quantize_4bit(w, double_quant=double_quant)
+            dense = weight.dequantize()
+            again = fp.Weight4bit.from_state_dict(weight.state_dict())
+    finally:
+        for function in kept:
+            function.cache_clear()
+    assert torch.equal(weight.packed, expected.packed) and torch.equal(dense, expected.dequantize())
+    assert torch.equal(again.dequantize(), dense)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 

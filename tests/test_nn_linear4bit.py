@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import socket
-import subprocess
 import sys
 
+import _ranks
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -579,26 +577,7 @@ def test_lora_linear_over_4_bits():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        with open(folder / f"{rank}.log", "w") as log:
-            command = [sys.executable, __file__, str(folder / f"{rank}.pt")]
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=240) == 0, (folder / f"{rank}.log").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return _ranks.run(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 def test_fsdp2(ranks):

@@ -81,7 +81,7 @@ def linear4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None = 
 def dequantize(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
     """[N, K] of `dtype`, on the weight's device."""
     if weight.device.type == "cpu" and dtype in _native.CODES and forced() in ("", "cpu") and _native.cpu():
-        out = torch.empty(weight.shape, dtype=dtype)
+        out = torch.empty(weight.shape, dtype=dtype, device="cpu")
         n, k = weight.shape
         return linear4bit_cpu.dequantize(weight, out, slice(0, n), slice(0, k))
     if weight.device.type == "cuda" and dtype in _native.CODES:

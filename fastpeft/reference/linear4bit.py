@@ -30,8 +30,8 @@ NESTED_BLOCK = 256
 
 @functools.cache
 def codebook(quant_type: str) -> torch.Tensor:
-    """float32 [16]"""
-    return torch.tensor(NF4 if quant_type == "nf4" else FP4, dtype=torch.float32)
+    """float32 [16], on the CPU whatever device is the default now: it is kept"""
+    return torch.tensor(NF4 if quant_type == "nf4" else FP4, dtype=torch.float32, device="cpu")
 
 
 @functools.cache
@@ -39,10 +39,10 @@ def dynamic_map() -> torch.Tensor:
     """float32 [256], ascending: sign, a decimal exponent in unary, and a linear fraction (Dettmers 2015)"""
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         means = ((edges[:-1] + edges[1:]) / 2.0) * 10.0 ** (i - 6)
         values += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def quantize(w: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +67,7 @@ def quantize(w: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Te
 
 def _codes(scaled, quant_type):
     book = codebook(quant_type)
-    order = torch.arange(16) if quant_type == "nf4" else torch.tensor(_FP4_ORDER)
+    order = torch.tensor(range(16) if quant_type == "nf4" else _FP4_ORDER, device="cpu")
     book, order = book[order].to(scaled.device), order.to(scaled.device, torch.uint8)
     return order[torch.bucketize(scaled, (book[:-1] + book[1:]) / 2)]
 
@@ -103,7 +103,7 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def _table() -> torch.Tensor:
     """uint8 [65536]: the code nearest to each of so many steps from -1 to 1"""
     book = dynamic_map()
-    steps = (-1 + 2 * torch.arange(65536, dtype=torch.float64) / 65535).float()
+    steps = (-1 + 2 * torch.arange(65536, dtype=torch.float64, device="cpu") / 65535).float()
     right = torch.bucketize(steps, book).clamp(0, 255)
     left = (right - 1).clamp(min=0)
     nearer = (right == 0) | ((book[right] - steps).abs() < (steps - book[left]).abs())
