@@ -73,7 +73,12 @@ class Weight4bit:
     @property
     def codebook(self) -> torch.Tensor | None:
         """float32 [256], what `codes` stand for; None where the scales are not quantised."""
-        return reference.dynamic_map().to(self.device) if self.nested else None
+        return reference.dynamic_map(self.device) if self.nested else None
+
+    @property
+    def quant_map(self) -> torch.Tensor:
+        """float32 [16], what the weight's own codes stand for."""
+        return reference.codebook(self.quant_type, self.device)
 
     @property
     def nested(self) -> bool:

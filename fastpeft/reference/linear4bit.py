@@ -28,21 +28,24 @@ _FP4_CUDA_CODES = (0, 1, 6, 7, 4, 5, 2, 3)
 NESTED_BLOCK = 256
 
 
-@functools.cache
-def codebook(quant_type: str) -> torch.Tensor:
-    """float32 [16], on the CPU whatever device is the default now: it is kept"""
-    return torch.tensor(NF4 if quant_type == "nf4" else FP4, dtype=torch.float32, device="cpu")
+CPU = torch.device("cpu")  # named wherever something is made that is kept, for the default device may be another now
 
 
 @functools.cache
-def dynamic_map() -> torch.Tensor:
+def codebook(quant_type: str, device: torch.device = CPU) -> torch.Tensor:
+    """float32 [16]"""
+    return torch.tensor(NF4 if quant_type == "nf4" else FP4, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic_map(device: torch.device = CPU) -> torch.Tensor:
     """float32 [256], ascending: sign, a decimal exponent in unary, and a linear fraction (Dettmers 2015)"""
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device=CPU)
         means = ((edges[:-1] + edges[1:]) / 2.0) * 10.0 ** (i - 6)
         values += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def quantize(w: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +70,7 @@ def quantize(w: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Te
 
 def _codes(scaled, quant_type):
     book = codebook(quant_type)
-    order = torch.tensor(range(16) if quant_type == "nf4" else _FP4_ORDER, device="cpu")
+    order = torch.tensor(range(16) if quant_type == "nf4" else _FP4_ORDER, device=CPU)
     book, order = book[order].to(scaled.device), order.to(scaled.device, torch.uint8)
     return order[torch.bucketize(scaled, (book[:-1] + book[1:]) / 2)]
 
@@ -90,7 +93,7 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     blocks = torch.nn.functional.pad(centred, (0, -n % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / nested)[:, None]).view(-1)[:n]
-    book = dynamic_map().to(absmax.device)
+    book = dynamic_map(absmax.device)
     if absmax.is_cuda:
         codes = torch.bucketize(scaled, (book[:-1] + book[1:]) / 2).to(torch.uint8)
     else:
@@ -103,7 +106,7 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def _table() -> torch.Tensor:
     """uint8 [65536]: the code nearest to each of so many steps from -1 to 1"""
     book = dynamic_map()
-    steps = (-1 + 2 * torch.arange(65536, dtype=torch.float64, device="cpu") / 65535).float()
+    steps = (-1 + 2 * torch.arange(65536, dtype=torch.float64, device=CPU) / 65535).float()
     right = torch.bucketize(steps, book).clamp(0, 255)
     left = (right - 1).clamp(min=0)
     nearer = (right == 0) | ((book[right] - steps).abs() < (steps - book[left]).abs())
@@ -113,14 +116,14 @@ def _table() -> torch.Tensor:
 def dequantize_absmax(codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """-> absmax float32 [blocks]"""
     scale = nested.repeat_interleave(NESTED_BLOCK)[: codes.numel()]
-    return dynamic_map().to(codes.device)[codes.long()] * scale + offset
+    return dynamic_map(codes.device)[codes.long()] * scale + offset
 
 
 def dequantize(packed, absmax, shape, quant_type, blocksize, dtype) -> torch.Tensor:
     """bytes uint8 [(n + 1) // 2], absmax float32 [blocks] -> [shape] of dtype"""
     n = shape[0] * shape[1]
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
-    values = codebook(quant_type).to(packed.device)[codes.long()]
+    values = codebook(quant_type, packed.device)[codes.long()]
     scale = absmax.repeat_interleave(blocksize)[:n]
     return (values * scale).to(dtype).view(shape)
 

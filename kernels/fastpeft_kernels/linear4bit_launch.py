@@ -1,13 +1,13 @@
 """Launches the Triton kernels of linear4bit: block sizes, grids, workspaces.
 
 A weight is a `fastpeft.Weight4bit` in bitsandbytes' order: `.data` uint8, `.scales` float32 or (nested) uint8 with
-`.nested_absmax` and `.offset`, `.shape` (N, K), `.quant_type`, `.blocksize`; all on x's device. Other arguments as in
-`lora_linear_launch.py`. The code books are put on a device at the first call there: not while a graph is captured.
+`.nested_absmax` and `.offset`, `.shape` (N, K), `.blocksize`, the code books `.quant_map` [16] and `.codebook` [256] or
+None; all on x's device. Other arguments as in `lora_linear_launch.py`. The weight puts its code books on a device when it is
+first asked there: not while a graph is captured.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -21,40 +21,15 @@ from .lora_linear_launch import Span, _block, _describable, _only, _rank_block, 
 
 __all__ = ["Span", "combine", "dequantize", "project"]
 
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-FP4 = tuple(sign * v / 12 for sign in (1, -1) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
-
-
-@functools.cache
-def _book(quant_type: str, device: torch.device) -> torch.Tensor:
-    """float32 [16]"""
-    return torch.tensor(NF4 if quant_type == "nf4" else FP4, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _map(device: torch.device) -> torch.Tensor:
-    """float32 [256]: what the 8-bit codes of nested scales stand for, as in fastpeft/reference/linear4bit.py"""
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
-        means = ((edges[:-1] + edges[1:]) / 2.0) * 10.0 ** (i - 6)
-        values += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
-
 
 def _scales(weight) -> dict[str, object]:
     """Kernel arguments: where scales and code books are."""
-    device = weight.data.device
     return {
         "scales_ptr": weight.scales,
         "absmax_ptr": weight.nested_absmax,
         "offset_ptr": weight.offset,
-        "book_ptr": _book(weight.quant_type, device),
-        "map_ptr": None if weight.nested_absmax is None else _map(device),
+        "book_ptr": weight.quant_map,
+        "map_ptr": weight.codebook,
         "BLOCKSIZE": weight.blocksize,
         "NESTED": weight.nested_absmax is not None,
         "SHUFFLE": not INTERPRETED,
