@@ -1,4 +1,4 @@
-"""What this machine has: for `fastpeft doctor`, the support table in the README and the benchmarks."""
+"""What this machine has: for `fastpeft doctor`, the support table and the benchmarks."""
 
 from __future__ import annotations
 

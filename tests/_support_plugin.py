@@ -1,4 +1,4 @@
-"""Records which cells of the README's support table the tests of this run have verified.
+"""Records which cells of the support table (docs/support.md) the tests of this run have verified.
 
     @pytest.mark.verifies("lora_linear", "forward", "backward", backend="cpu", dtype="float32")
 
@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _support
 import pytest
 import torch
 
-from fastpeft import _machine, _support
+from fastpeft import _machine
 
-# A change elsewhere (README, results) leaves a commit's verification valid.
+# A change elsewhere (docs, results) leaves a commit's verification valid.
 SOURCES = ("csrc", "fastpeft", "kernels", "tests", "setup.py")
 # Without a GPU: the kernels are compiled for it, and run by other means.
 NO_GPU = {

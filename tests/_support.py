@@ -1,7 +1,7 @@
-"""The support table of the README: generated from the tests that passed, never typed.
+"""The table of docs/support.md: generated from the tests that passed, never typed.
 
     pytest --record-support tests/support.jsonl    # tests/_support_plugin.py writes this machine's cells
-    python -m fastpeft._support                    # rewrites the table in README.md from them
+    python tests/_support.py                       # rewrites the table in docs/support.md from them
 
 A line of the file is one verified cell: op, backend, instruction set or "", dtype, feature, machine, commit.
 """
@@ -81,31 +81,31 @@ def _absent(backend: str, feature: str) -> str:
     return "n/a" if feature == "graph" and backend == "cpu" else ""
 
 
-def rewrite(readme: str, cells: dict[Cell, str]) -> str:
-    """The README's text with the block between the two marks replaced by the table.
+def rewrite(page: str, cells: dict[Cell, str]) -> str:
+    """The page with the block between the two marks replaced by the table.
 
     Raises:
         ValueError: the marks are not there, each once.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must hold {BEGIN} and {END} once each")
-    before, _, rest = readme.partition(BEGIN)
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"docs/support.md must hold {BEGIN} and {END} once each")
+    before, _, rest = page.partition(BEGIN)
     block = f"{table(cells)}\n" if cells else ""
     return f"{before}{BEGIN}\n{block}{END}{rest.partition(END)[2]}"
 
 
 def main(argv: list[str] | None = None) -> int:
     root = Path(__file__).parent.parent
-    parser = argparse.ArgumentParser(prog="python -m fastpeft._support", description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", type=Path, default=root / "README.md")
+    parser = argparse.ArgumentParser(prog="python tests/_support.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--page", type=Path, default=root / "docs" / "support.md")
     parser.add_argument("--results", type=Path, default=root / "tests" / "support.jsonl")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the table is out of date")
     args = parser.parse_args(argv)
-    before = args.readme.read_text("utf-8")
+    before = args.page.read_text("utf-8")
     after = rewrite(before, load(args.results))
     if args.check:
         return int(before != after)
-    args.readme.write_text(after, "utf-8")
+    args.page.write_text(after, "utf-8")
     return 0
 
 
