@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fastpeft import _native
-from fastpeft._machine import cpu, cpu_flags, cpuinfo, version
+from fastpeft.machine import cpu, cpu_flags, cpuinfo, version
 
 SCHEMA = 1  # of a line in a results file
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")

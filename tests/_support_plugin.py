@@ -22,7 +22,7 @@ import _support
 import pytest
 import torch
 
-from fastpeft import _machine
+from fastpeft import machine
 
 # A change elsewhere (docs, results) leaves a commit's verification valid.
 SOURCES = ("csrc", "fastpeft", "kernels", "tests", "setup.py")
@@ -89,7 +89,7 @@ def cells(item: pytest.Item) -> Iterator[_support.Cell]:
             if torch.cuda.is_available() and (device or item.get_closest_marker("gpu")):
                 machine = torch.cuda.get_device_name()
             else:
-                machine = NO_GPU.get(name) or _machine.cpu_class()
+                machine = NO_GPU.get(name) or machine.cpu_class()
             yield _support.Cell(op, name, isa, str(dtype).removeprefix("torch."), feature, machine)
 
 

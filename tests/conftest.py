@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastpeft
-from fastpeft import _native
+from fastpeft import native
 
 pytest_plugins = ["_support_plugin"]
 
@@ -22,7 +22,7 @@ if HAS_TRITON and not HAS_GPU:
 
 def cpu_levels() -> list[str]:
     """Instruction sets of the native CPU module that this machine runs."""
-    native = _native.cpu()
+    native = native.cpu()
     return list(native.isas()) if native else []
 
 
@@ -43,7 +43,7 @@ def backend(request):
         with torch.device(device), fastpeft.backend(name):
             yield request.param
         return
-    native = _native.cpu()
+    native = native.cpu()
     before = native.isa() if native else None
     if level:
         native.set_isa(level)

@@ -402,7 +402,7 @@ def test_the_inference_lane_is_the_general_path(monkeypatch, dtype, m):
 @pytest.mark.parametrize("case", ["all", "a frozen", "x frozen", "one output unused"])
 def test_the_training_lane_is_the_general_path(monkeypatch, dtype, m, p, case):
     """Bit for bit: it calls the same kernels."""
-    if fp._native.cpu() is None:
+    if fp.native.cpu() is None:
         pytest.skip("no native module")
     generator = torch.Generator().manual_seed(m)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from _guarded import Memory
 
-from fastpeft import _native
+from fastpeft import native
 
 native = _native.cpu()
 if native is None:

@@ -1,24 +1,13 @@
-"""Which implementation of an op runs: a table per op, a test from metadata, and a forced choice for the process."""
+"""Which backend runs an op: the first of its table that can, or the one that is forced for the process."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 NAMES = ("cuda", "triton", "cpu", "torch")
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of an op. `can(meta)` answers None or why it cannot run there, and never looks at values."""
-
-    can: Callable[[Any], str | None]
-    forward: Callable
-    backward: Callable
-
 
 def _checked(name: str | None, source: str) -> str:
     if name and name not in NAMES:
@@ -32,6 +21,11 @@ _forced = os.environ.get("FASTPEFT_BACKEND", "").strip().lower()
 def forced() -> str:
     """The backend forced for this process, or "" (each op picks its own)."""
     return _checked(_forced, "FASTPEFT_BACKEND")
+
+
+def allows(name: str) -> bool:
+    """Whether the free choice may be, or the forced one is, this backend."""
+    return _forced in ("", name)
 
 
 @contextlib.contextmanager
@@ -49,8 +43,11 @@ def backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def choose(op: str, table: Mapping[str, Backend], meta: Any, name: str) -> Backend:
-    """The first backend of `table` that can run `meta`, or the forced one, or RuntimeError saying why it cannot."""
+def choose(op: str, table: Mapping[str, Any], meta: Any, name: str) -> Any:
+    """The passes of the first backend of `table` whose `can(meta)` is None, or of the forced one `name`.
+
+    `can` answers None or why not, and never looks at values. Raises RuntimeError with that reason.
+    """
     if name:
         if name not in table:
             raise RuntimeError(f"{op}: backend {name!r} was forced, but this op has only {', '.join(table)}")
