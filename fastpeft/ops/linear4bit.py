@@ -1,7 +1,7 @@
 """linear4bit: a frozen linear layer whose weight is stored in 4 bits, y = x Wᵀ + bias; quantize_4bit makes the weight.
 
 A 4-bit base is one more kind of weight of `lora_linear`: the call goes its way (`lora_linear_op.py`), without an adapter. The
-kernels: `linear4bit_cpu.py` and `csrc/cpu/linear4bit_kernels.h`, or `reference/linear4bit.py`.
+kernels: `linear4bit_cpu.py` and `csrc/cpu/linear4bit.cpp`, or `reference/linear4bit.py`.
 """
 
 from __future__ import annotations

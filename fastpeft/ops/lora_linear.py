@@ -3,7 +3,7 @@
     y = out_scale · ((x·in_scale) Wᵀ + scale·(drop(x) Aᵀ) Bᵀ + lora_bias) + bias
 
 Here: the public functions and the way to the registered op in `lora_linear_op.py` (schema, fake, autograd, the table of
-backends), past the checks in `lora_linear_check.py`. Then: `lora_linear_cpu.py` and `csrc/cpu/lora_linear_kernels.h`, or
+backends), past the checks in `lora_linear_check.py`. Then: `lora_linear_cpu.py` and `csrc/cpu/lora_linear.cpp`, or
 `reference/lora_linear.py`. The usual calls take short ways with the same results: inference
 (`lora_linear_lean.py`) and training (`lora_linear_train.py`).
 """

@@ -8,9 +8,9 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "linear4bit.h"
-#include "lora_linear.h"
+#include "../cpu/dispatch.h"
+#include "../linear4bit.h"
+#include "../lora_linear.h"
 
 #ifndef FASTPEFT_BUILD_ID
 #define FASTPEFT_BUILD_ID "unstamped"
