@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "linear4bit_cuda.h"
-#include "lora_linear_cuda.h"
+#include "../linear4bit_cuda.h"
+#include "../lora_linear_cuda.h"
 
 #ifndef FASTPEFT_BUILD_ID
 #define FASTPEFT_BUILD_ID "unstamped"

@@ -1,38 +1,22 @@
-// The passes of lora_linear over tall matrices, for one instruction set. Included by lora_linear_<isa>.cpp.
+// The CPU kernels of lora_linear, for one instruction set (vec.h).
 //
-// All are the same small GEMM on fp32 tiles in L1 (tile.h), with a different operand resident:
+// The passes over tall matrices are one small GEMM on fp32 tiles in L1 (tile.h), with a different operand resident:
 //   down       P[m, r] += X[m, k]  · Aᵀ[k, r]     vector along r
 //   up         Y[m, n] += Sᵀ[r, m] · C[r, n]      vector along n, C = (scale·B)ᵀ; the bias is one more rank with s = 1
 //   grad_up    P[m, r] += dY[m, n] · B'[n, r]  and  G[r, n] += Sᵀ[r, m] · dY[m, n];  dbias is one more rank with s = 1
 //   grad_down  G[r, k] += Tᵀ[r, m] · X[m, k]   and  dX[m, k] += Tᵀ[r, m] · A[r, k]
 // The threads share a grid of row ranges x column ranges; sums across them go through partial results that are added in
 // a fixed order. For a given number of threads results repeat bit for bit.
-#pragma once
+#include "../lora_linear.h"
+
 #include <omp.h>
 
-#include "../lora_linear.h"
-#include "tile.h"
-
-// A table's entry: the kernel for the compute dtype, a template argument.
-#define FASTPEFT_BY_DTYPE(kernel, args, dtype) \
-  switch (dtype) {                             \
-    case FLOAT32:                              \
-      return kernel<float>(args);              \
-    case BFLOAT16:                             \
-      return kernel<bf16>(args);               \
-    case FLOAT16:                              \
-      return kernel<f16>(args);                \
-  }                                            \
-  return BAD_DTYPE
+#include "adapter.h"
+#include "dot.h"
 
 namespace {
 
 using namespace fastpeft;
-
-// Below this many multiply-adds one thread is faster than waking the others.
-constexpr double PARALLEL_WORK = 2e5;
-
-int useful_threads(int threads, double work) { return threads > 1 && work > PARALLEL_WORK ? threads : 1; }
 
 // Projections whose ranks share one operand: all of them, or one each where each has its own dropout mask.
 struct Group {
@@ -54,44 +38,6 @@ struct Groups {
     return group;
   }
 };
-
-// v rounded to T
-template <class T>
-FP_INLINE V rounded(V v) {
-  if (IS_FLOAT<T>) return v;
-  T narrow[W];
-  store(narrow, v);
-  return load(narrow);
-}
-
-// lanes[j, r] = adapter[j, r] · scale[r] rounded to T, j < rows; lanes' rows are ld >= R apart, zeros from R on
-template <class T, class A>
-void load_adapter_rows(float* lanes, int64_t ld, const A* adapter, int64_t ld_adapter, int64_t rows, int64_t R,
-                       Scale scale) {
-  const V one_scale = set1(scale.data && scale.stride == 0 ? *scale.data : 1.0f);
-  const bool scales = scale.data && scale.stride;
-  for (int64_t j = 0; j < rows; ++j) {
-    const A* in = adapter + j * ld_adapter;
-    float* out = lanes + j * ld;
-    int64_t r = 0;
-    for (; r + W <= R; r += W) store(out + r, rounded<T>(mul(load(in + r), scales ? load(scale.data + r) : one_scale)));
-    if (r < R) {
-      const int n = (int)(R - r);
-      const V v = mul(load_partial(in + r, n), scales ? load_partial(scale.data + r, n) : one_scale);
-      store_partial(out + r, rounded<T>(v), n);
-    }
-    for (r = R; r < ld; ++r) out[r] = 0.0f;
-  }
-}
-
-// the same from row `row` of an adapter whose element type is known at run time only; no scale data: not scaled
-template <class T>
-void load_adapter(float* lanes, int64_t ld, const Matrix& m, int64_t row, int64_t rows, int64_t R, Scale scale) {
-  const void* p = element(m.data, m.dtype, row * m.ld);
-  if (m.dtype == FLOAT32) return load_adapter_rows<T>(lanes, ld, (const float*)p, m.ld, rows, R, scale);
-  if (m.dtype == BFLOAT16) return load_adapter_rows<T>(lanes, ld, (const bf16*)p, m.ld, rows, R, scale);
-  load_adapter_rows<T>(lanes, ld, (const f16*)p, m.ld, rows, R, scale);
-}
 
 // C[m, k] += Σ_j Lᵀ[j, m] · B[j, k], rounded once, k < cols; L's rows are MB apart
 template <class T, class Next>
@@ -116,6 +62,13 @@ void add_parts(T* out, const float* partial, int parts, int64_t stride, int64_t 
     store(sums, sum);
     convert_row(out + r, sums, smaller(W, R - r));
   }
+}
+
+// dst[i] = src[i] for an element type that is known at run time only: the adapter's gradients
+void row_from_float(void* dst, int dtype, const float* src, int64_t n) {
+  if (dtype == FLOAT32) return convert_row((float*)dst, src, n);
+  if (dtype == BFLOAT16) return convert_row((bf16*)dst, src, n);
+  convert_row((f16*)dst, src, n);
 }
 
 // ---- down ----
@@ -447,4 +400,158 @@ int grad_down(const LoraLinearGradDown& d) {
   return OK;
 }
 
+// ---- few rows (decoding), base included ----
+//
+// W is read once, at the speed of memory. Up to W/2 rows of x, vectors lie along k (dot.h); beyond, x is transposed and
+// vectors lie along the rows m: the same tiles as in the tall passes, with W in the place of x.
+
+constexpr int SMALL_MAX_M = 32;
+static_assert(SMALL_MAX_M <= 8 * W, "a row of sums fits on the stack");
+
+// sums[n, m] += Σ_k w[n, k] · xt[k, m] for N <= MB rows of w; sums and xt have `lanes` columns
+template <class T>
+void tile_rows(float* sums, const T* w, int64_t ldw, int64_t N, int64_t K, const float* xt, int64_t lanes) {
+  alignas(64) float tiles[2][MB * TILE_LD];
+  const auto at = [&](int64_t k0) { return TileAt{0, k0, (int)N, (int)smaller(KC, K > k0 ? K - k0 : 0)}; };
+  NextTile<T>(tiles[0], w, ldw, at(0)).finish();
+  for (int64_t k0 = 0, i = 0; k0 < K; k0 += KC, ++i) {
+    NextTile<T> next(tiles[(i + 1) % 2], w, ldw, at(k0 + KC));
+    tile_gemm<TILE_LD, 1>(sums, lanes, tiles[i % 2], xt + k0 * lanes, lanes, N, at(k0).cols, (int)(lanes / W), next);
+    next.finish();
+  }
+}
+
+template <class T>
+int small(const LoraLinearSmall& d) {
+  const int64_t M = d.M, K = d.K, N = d.N, R = d.R;
+  if (M == 0 || N == 0) return OK;
+  const bool tall = M > W / 2;  // vectors along m
+  const int64_t ldx = round_up(K, W), lds = round_up(R, W), lanes = round_up(M, W);
+  const T *x = (const T*)d.x.data, *w = (const T*)d.w.data;
+  T *y = (T*)d.y.data, *s = (T*)d.s.data;
+  const int threads = useful_threads(d.threads, (double)(N + R) * K * M);
+
+  Workspace work;
+  if (!work.allocate(Workspace::size(tall ? K * lanes : M * ldx) + Workspace::size(R * ldx) +
+                     Workspace::size(tall ? R * lanes : M * lds) + threads * Workspace::size(tall ? 0 : MB * R)))
+    return OUT_OF_MEMORY;
+  float* xf = work.take(tall ? K * lanes : M * ldx);  // x: [K, M] if tall, else [M, K]
+  float* af = work.take(R * ldx);                     // [R, K]
+  float* sf = work.take(tall ? R * lanes : M * lds);  // s: [R, M] if tall, else [M, R]
+  float* b_rows = work.take(threads * Workspace::size(tall ? 0 : MB * R));
+
+  const auto run = [&] {
+    const int me = omp_get_thread_num(), team = omp_get_num_threads();
+    const Part k_part(blocks(K, W), team, me), r_part(R, team, me), n_part(blocks(N, DOT_N), team, me);
+
+    const int64_t k0 = k_part.begin * W, k1 = smaller(K, k_part.end * W);
+    if (tall) {
+      for (int64_t i = k0 * lanes; i < k1 * lanes; i += W) store(xf + i, zero());
+      if (k0 < k1) transpose(xf + k0 * lanes, lanes, x + k0, d.x.ld, M, k1 - k0);
+    } else {
+      for (int64_t m = 0; m < M && k0 < k1; ++m) {
+        store(xf + m * ldx + (k1 - 1) / W * W, zero());
+        convert_row(xf + m * ldx + k0, x + m * d.x.ld + k0, k1 - k0);
+      }
+    }
+#pragma omp barrier
+
+    alignas(64) float out[SMALL_MAX_M * MB], sums[MB * 8 * W];
+    // s: this thread's ranks
+    for (int64_t r = r_part.begin; r < r_part.end; r += MB) {
+      const int64_t n = smaller(MB, r_part.end - r);
+      load_adapter<T>(af + r * ldx, ldx, d.a, r, n, K, Scale{});
+      if (tall) {
+        float* rows = sf + r * lanes;
+        for (int64_t i = 0; i < n * lanes; i += W) store(rows + i, zero());
+        tile_rows(rows, af + r * ldx, ldx, n, K, xf, lanes);
+        round_row<T>(rows, n * lanes);
+        transpose(out, MB, rows, lanes, n, M);
+      } else {
+        dot_rows(out, MB, af + r * ldx, ldx, n, xf, ldx, M, K, nullptr, 0, nullptr, 0);
+        for (int64_t m = 0; m < M; ++m) {
+          round_row<T>(out + m * MB, n);
+          memcpy(sf + m * lds + r, out + m * MB, (size_t)n * sizeof(float));
+        }
+      }
+      for (int64_t m = 0; s && m < M; ++m) convert_row(s + m * d.s.ld + r, out + m * MB, n);
+    }
+    if (!tall && me == 0)
+      for (int64_t m = 0; m < M; ++m)
+        for (int64_t r = R; r < lds; ++r) sf[m * lds + r] = 0.0f;
+#pragma omp barrier
+
+    // y: this thread's columns
+    const int64_t n_end = smaller(N, n_part.end * DOT_N);
+    for (int64_t n0 = n_part.begin * DOT_N; n0 < n_end; n0 += MB) {
+      const int64_t n = smaller(MB, n_end - n0);
+      const T* rows = w + n0 * d.w.ld;
+      if (tall) {
+        for (int64_t i = 0; i < n * lanes; i += W) store(sums + i, zero());
+        tile_rows(sums, rows, d.w.ld, n, K, xf, lanes);
+        alignas(64) float b_tile[MB * TILE_LD];
+        NoTile none;
+        for (int64_t r = 0; r < R; r += KC) {
+          const int64_t width = smaller(KC, R - r);
+          const Matrix b{(void*)element(d.b.data, d.b.dtype, r), d.b.ld, d.b.dtype};
+          load_adapter<T>(b_tile, TILE_LD, b, n0, n, width, Scale{d.scale.data + r * d.scale.stride, d.scale.stride});
+          tile_gemm<TILE_LD, 1>(sums, lanes, b_tile, sf + r * lanes, lanes, n, width, (int)(lanes / W), none);
+        }
+        transpose(out, MB, sums, lanes, n, M);
+      } else {
+        float* b = b_rows + me * Workspace::size(MB * R);
+        for (int64_t i = 0; R && i < n; ++i)  // the next block's, while this one streams W
+          __builtin_prefetch(element(d.b.data, d.b.dtype, (n0 + MB + i) * d.b.ld), 0, 2);
+        if (R) load_adapter<T>(b, R, d.b, n0, n, R, d.scale);
+        dot_rows(out, MB, rows, d.w.ld, n, xf, ldx, M, K, b, R, sf, lds);
+      }
+      const Vector biases[] = {d.bias, d.lora_bias};
+      for (const Vector& v : biases) {
+        if (!v.data) continue;
+        alignas(64) float bias[MB];
+        row_to_float(bias, element(v.data, v.dtype, n0), v.dtype, n);
+        for (int64_t m = 0; m < M; ++m)
+          for (int64_t i = 0; i < n; ++i) out[m * MB + i] += bias[i];
+      }
+      for (int64_t m = 0; m < M; ++m) convert_row(y + m * d.y.ld + n0, out + m * MB, n);
+    }
+  };
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    run();
+  } else {
+    run();  // a team of one is 0.2 us of a tiny call
+  }
+  return OK;
+}
+
+// ---- the table ----
+
+int down_any(const LoraLinearDown& d) { FASTPEFT_BY_DTYPE(down, d, d.x.dtype); }
+int up_any(const LoraLinearUp& u) { FASTPEFT_BY_DTYPE(up, u, u.y.dtype); }
+int grad_up_any(const LoraLinearGradUp& u) { FASTPEFT_BY_DTYPE(grad_up, u, u.dy.dtype); }
+int grad_down_any(const LoraLinearGradDown& d) { FASTPEFT_BY_DTYPE(grad_down, d, d.t.dtype); }
+int small_rows(const LoraLinearSmall& d) { FASTPEFT_BY_DTYPE(small, d, d.x.dtype); }
+int small_any(const LoraLinearSmall& all) {
+  LoraLinearSmall d = all;  // SMALL_MAX_M rows at a time
+  for (int64_t m = 0; m < all.M; m += SMALL_MAX_M) {
+    d.M = smaller(SMALL_MAX_M, all.M - m);
+    Matrix* const by_row[] = {&d.x, &d.y, &d.s};
+    for (Matrix* rows : by_row)
+      if (rows->data && m) rows->data = (void*)element(rows->data, rows->dtype, SMALL_MAX_M * rows->ld);
+    const int status = small_rows(d);
+    if (status) return status;
+  }
+  return OK;
+}
+
+void philox_words(uint64_t seed, uint64_t row, int64_t count, uint32_t projection, uint32_t* out) {
+  Philox(seed, projection).row(row, 0, count, [&](int64_t k, U words) {
+    memcpy(out + k, &words, (size_t)smaller(W, count - k) * sizeof(uint32_t));
+  });
+}
+
 }  // namespace
+
+const LoraLinearKernels fastpeft::FASTPEFT_TABLE(lora_linear) = {down_any,      up_any,    grad_up_any,
+                                                                 grad_down_any, small_any, philox_words};
