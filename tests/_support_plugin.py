@@ -87,10 +87,10 @@ def cells(item: pytest.Item) -> Iterator[_support.Cell]:
             name, _, device = backend.partition("@")
             name, _, isa = name.partition("-")
             if torch.cuda.is_available() and (device or item.get_closest_marker("gpu")):
-                machine = torch.cuda.get_device_name()
+                where = torch.cuda.get_device_name()
             else:
-                machine = NO_GPU.get(name) or machine.cpu_class()
-            yield _support.Cell(op, name, isa, str(dtype).removeprefix("torch."), feature, machine)
+                where = NO_GPU.get(name) or machine.cpu_class()
+            yield _support.Cell(op, name, isa, str(dtype).removeprefix("torch."), feature, where)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -27,11 +27,11 @@ def test_doctor_json_is_one_object_with_the_same_facts(capsys):
     assert found["backends"]["lora_linear"]["torch"] is None
     assert set(found["extras_missing"]) == {"bench", "test", "dev"}
     assert isinstance(found["cpu"]["amx"], bool)
-    native = native.cpu()
-    if native:
-        assert found["cpu_module_isa"] in found["cpu_module_isas"] == list(native.isas())
+    module = native.cpu()
+    if module:
+        assert found["cpu_module_isa"] in found["cpu_module_isas"] == list(module.isas())
         assert found["backends"]["lora_linear"]["cpu"] is None
-        assert found["build_id"] == native.build_id
+        assert found["build_id"] == module.build_id
 
 
 def test_doctor_fails_for_a_module_that_is_there_and_does_not_load(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 #include "../lora_linear.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "cpu.h"
 
@@ -35,11 +36,13 @@ Matrix adapter(const char* op, const char* argument, const Tensor& t, int64_t ro
   return {t.data(), t.stride(0) > columns ? t.stride(0) : columns, t.dtype()};
 }
 
-bool is_scale(const Tensor& t, int64_t R) { return t.dtype() == FLOAT32 && (t.dim() == 0 || t.is({R})); }
+bool is_scale(const Tensor& t, int64_t R) {
+  return t.dtype() == FLOAT32 && (t.dim() == 0 || (t.is({R}) && (R == 1 || t.stride(0) == 1)));
+}
 
 Scale scale_of(const char* op, const Tensor& t, int64_t R) {
-  if (!t || !is_scale(t, R)) refuse(op, "scale", text("[] or [R] = [", R, "], float32"), t);
-  return {(const float*)t.data(), t.dim() == 0 ? 0 : t.stride(0)};
+  if (!t || !is_scale(t, R)) refuse(op, "scale", text("[] or [R] = [", R, "], contiguous, float32"), t);
+  return {(const float*)t.data(), t.dim()};
 }
 
 Dropout dropout(const char* op, double p, const Tensor& seed) {
@@ -132,7 +135,7 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Maybe
   return ys;
 }
 
-// -> t [M, ΣR] = dy (scale·B) or None, [dB_i], [dbias_i, float32]; None where not needed, or where there is no dy
+// -> t [M, ΣR] = dy (scale·B) or None, [dB_i], [dbias_i, float32]; None where not needed, and t 0, where there is no dy
 py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& b, const MaybeTensors& scales,
                   bool wants_t, const std::vector<bool>& needs_b, const std::vector<bool>& needs_bias) {
   const char* const op = "lora_linear_grad_up";
@@ -144,6 +147,8 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
   py::object t = py::none();
   Matrix to{nullptr, 0, dtype};
   if (wants_t) t = allocate(s, {M, total}, dtype), to = matrix(op, "t", borrowed(t), M, total, dtype);
+  for (const Tensor& dy : dys)
+    if (!dy && to.data && M && total) memset(to.data, 0, (size_t)(M * total) * (dtype == FLOAT32 ? 4 : 2));
   py::list dbs(n), dbiases(n);
   std::vector<LoraLinearGradUp> calls;
   int64_t column = 0;
@@ -271,7 +276,7 @@ struct Arguments {  // of one projection
     const auto rows = [&](const Tensor& t, int64_t width) -> Matrix {
       return t ? Matrix{t.data(), t.stride(0) > width ? t.stride(0) : width, t.dtype()} : Matrix{nullptr, 0, FLOAT32};
     };
-    const Scale scales{scale ? (const float*)scale.data() : &number, scale && scale.dim() ? scale.stride(0) : 0};
+    const Scale scales{scale ? (const float*)scale.data() : &number, scale ? scale.dim() : 0};
     return {M, K, {x.data(), K, x.dtype()}, y, s, rows(a, K), rows(b, R), R, scales, of(bias), of(lora_bias),
             num_threads()};
   }

@@ -94,11 +94,9 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     Contiguous also because of PyTorch 2.13 on CPUs with AMX: a bf16 matmul of row-strided rows with odd K reads one element
     past each row, and NaN there reaches the result.
     """
-    if x.is_neg():
-        x = x.resolve_neg()
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
-    return x if x.is_contiguous() else x.contiguous()
+    return x.resolve_neg().contiguous()
 
 
 def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -171,8 +171,7 @@ def _as_kernels_read(x, lists):
     def of(t: Any, contiguous: bool = True, narrow: bool = False) -> Any:
         if not isinstance(t, torch.Tensor):
             return t
-        if t.is_neg():
-            t = t.resolve_neg()
+        t = t.resolve_neg()
         if narrow and t.dtype == torch.float64 != x.dtype:
             t = t.float()
         return t.contiguous() if contiguous else t
@@ -245,18 +244,15 @@ def backward(passes, dys, x, s, weights, a, b, scales, p, seed, needs_x, needs_a
     dys = [None if dy is None else base.rows(dy) for dy in dys]
     wants_t = s.shape[1] > 0 and (needs_x or any(needs_a))
     t, dbs, dbiases = passes.grad_up(dys, s, b, scales, wants_t, needs_b, needs_bias)
-    dx, das = None, [None] * len(a)
+    das, dx, whole = [None] * len(a), None, None  # whole: dx with its rank-R term, where the base GEMM takes that
     if needs_x:
-        dx = passes.fused_dx(dys, weights, t, a, live, p, seed)
-        down = dx is None
-        if down:
+        whole = passes.fused_dx(dys, weights, t, a, live, p, seed)
+        if whole is None:
             dx = base.combine(passes, *zip(*((dy, w) for dy, w in zip(dys, weights) if dy is not None)))
     if wants_t:
         rows = base.rows(x) if any(needs_a) else None
-        if dx is None or down:
-            dx, das = passes.grad_down(dx, rows, t, a, live, needs_a, p, seed)
-        elif rows is not None:
-            das = passes.grad_down(None, rows, t, a, live, needs_a, p, seed)[1]
+        dx, das = passes.grad_down(dx, rows, t, a, live, needs_a, p, seed)
+    dx = dx if whole is None else whole
     if dx is not None and len(shape) != 1:
         dx = dx.view(*shape, dx.shape[1])
     return dx, das, dbs, dbiases
