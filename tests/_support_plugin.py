@@ -85,7 +85,7 @@ def cells(item: pytest.Item) -> Iterator[_support.Cell]:
             raise pytest.UsageError(f"{item.nodeid}: verifies(op, *features) knows {known}; got {features}")
         for feature, backend, dtype in itertools.product(features, *map(_as_list, values.values())):
             name, _, device = backend.partition("@")
-            name, _, isa = name.partition("-")
+            name, isa = (*name.split("-"), "")[:2]  # and a plan
             if torch.cuda.is_available() and (device or item.get_closest_marker("gpu")):
                 where = torch.cuda.get_device_name()
             else:

@@ -10,6 +10,7 @@ import torch
 
 import fastpeft
 from fastpeft import native
+from fastpeft.backends import plans
 
 pytest_plugins = ["_support_plugin"]
 
@@ -26,7 +27,15 @@ def cpu_levels() -> list[str]:
     return list(module.isas()) if module else []
 
 
-BACKENDS = ["torch", *(f"cpu-{level}" for level in cpu_levels())]
+def cpu_backends() -> list[str]:
+    """Each instruction set with this machine's plan, and the best with each other kind's plan that differs from it."""
+    levels, table = cpu_levels(), plans.TABLE["cpu"]["kinds"]
+    own = table[plans.kind()]
+    others = [kind for kind in ("Z", "E", "A") if table[kind] != own]
+    return [f"cpu-{level}" for level in levels] + [f"cpu-{levels[-1]}-{kind}" for kind in others if levels]
+
+
+BACKENDS = ["torch", *cpu_backends()]
 if HAS_TRITON and not HAS_GPU:
     BACKENDS.append("triton")  # in its interpreter
 ON_GPU = [pytest.param(f"{name}@cuda", marks=pytest.mark.gpu) for name in ("torch", "triton")]
@@ -36,9 +45,9 @@ BUT_INTERPRETED = [name for name in BACKENDS if name != "triton"] + ON_GPU  # th
 
 @pytest.fixture(params=BACKENDS + ON_GPU)
 def backend(request):
-    """Forces one backend, and one instruction set of the native CPU code; `@cuda`: tensors are made on the GPU."""
+    """Forces one backend, one instruction set of the native CPU code, one kind's plan; `@cuda`: tensors are on the GPU."""
     name, _, device = request.param.partition("@")
-    name, _, level = name.partition("-")
+    name, level, kind = (*name.split("-"), "", "")[:3]
     if device:
         with torch.device(device), fastpeft.backend(name):
             yield request.param
@@ -48,7 +57,7 @@ def backend(request):
     if level:
         module.set_isa(level)
     try:
-        with fastpeft.backend(name):
+        with fastpeft.backend(name), fastpeft.plan(kind or None):
             yield request.param
     finally:
         if level:

@@ -91,12 +91,12 @@ def test_kinds(quant_type, double_quant):
 def test_compute_dtype_and_autocast():
     layer, x = made(), torch.randn(3, 80)
     layer.compute_dtype = torch.bfloat16
-    expected = fp.ops.linear4bit(x.bfloat16(), layer.weight4bit.to(torch.bfloat16), layer.bias).float()
+    expected = fp.ops.linear4bit(x.bfloat16(), layer.weight4bit, layer.bias).float()
     assert torch.equal(layer(x), expected) and layer(x.half()).dtype == torch.float16
     with torch.autocast("cpu", torch.float16):
         assert torch.equal(layer(x), expected)  # compute_dtype stands
         layer.compute_dtype = None
-        half = fp.ops.linear4bit(x.half(), layer.weight4bit.to(torch.float16), layer.bias)
+        half = fp.ops.linear4bit(x.half(), layer.weight4bit, layer.bias)
         assert torch.equal(layer(x), half.float())
     with pytest.raises(TypeError, match="x must be floating, got torch.uint8"):
         layer(torch.zeros(2, 80, dtype=torch.uint8))
@@ -124,9 +124,9 @@ def test_a_forward_changes_nothing():
 def test_weight4bit_is_one_object_until_something_changes():
     layer = made()
     weight = layer.weight4bit
-    cast = layer.weight_for(torch.bfloat16)
     layer(torch.randn(2, 80))
-    assert layer.weight4bit is weight and layer.weight_for(torch.bfloat16) is cast and cast.data is weight.data
+    layer(torch.randn(2, 80).bfloat16())
+    assert layer.weight4bit is weight
     assert weight.data.data_ptr() == layer.weight.data_ptr() and weight.tiled
     other = made().weight4bit
     layer.weight.data = other.data.clone()

@@ -162,7 +162,7 @@ def test_compute_dtype(source):
     y = layers(fast)["o_proj"](x)
     layer = layers(fast)["o_proj"]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    weight = layer.base_layer.weight4bit.to(torch.bfloat16)
+    weight = layer.base_layer.weight4bit
     assert torch.equal(y, fastpeft.ops.lora_linear(x.bfloat16(), weight, a, b, scale=2.0).float())
 
 

@@ -18,8 +18,8 @@ import torch
 
 from .. import machine, native
 
-_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text())
-KINDS = tuple(_TABLE["cpu"]["kinds"])
+TABLE = json.loads(Path(__file__).with_suffix(".json").read_text())
+KINDS = tuple(TABLE["cpu"]["kinds"])
 DTYPES = ("float32", "bfloat16", "float16")  # as csrc/tensor.h numbers them
 
 
@@ -50,9 +50,9 @@ class _Plan:
 
     def use(self, name: str, over: dict[str, dict[str, Any]]) -> None:
         self.kind, self.over = name, over
-        cpu = _TABLE["cpu"]
+        cpu = TABLE["cpu"]
         self.cpu: dict[str, Any] = cpu | cpu["kinds"][name] | over.get("cpu", {})
-        self.gpu: dict[str, Any] = _TABLE["gpu"] | over.get("gpu", {})
+        self.gpu: dict[str, Any] = TABLE["gpu"] | over.get("gpu", {})
         self.widens: bool = self.cpu["widens"]
         self.slab: dict[str, int] = self.cpu["slab"]
         self.most_rows = 0  # beyond it no CPU kernel of few rows is asked

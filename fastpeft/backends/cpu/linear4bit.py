@@ -7,10 +7,13 @@ import threading
 import torch
 
 from ... import native
+from ...reference import linear4bit as reference
 from .. import plans
 from . import slabs
 
 _cpu = native.cpu()
+if _cpu is not None:
+    _cpu.set_books(reference.codebook("nf4"), reference.codebook("fp4"), reference.dynamic_map())
 _local = threading.local()
 
 
