@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import nn, ops
-from .native import warn_if_missing
 from .backends.choice import backend
 from .backends.plans import plan
+from .native import warn_if_missing
 from .weight4bit import Weight4bit
 
 if TYPE_CHECKING:

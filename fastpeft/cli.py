@@ -67,8 +67,7 @@ def diagnose() -> dict[str, Any]:
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FASTPEFT_")},
         "backends": ops.backends(),
         "extras_missing": {extra: _missing(extra) for extra in EXTRAS},
-        "broken": (module is None and native.is_built("_cpu"))
-        or (native.cuda() is None and native.is_built("_cuda")),
+        "broken": (module is None and native.is_built("_cpu")) or (native.cuda() is None and native.is_built("_cuda")),
     }
 
 

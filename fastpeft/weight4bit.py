@@ -31,7 +31,8 @@ class Weight4bit:
     """A frozen [N, K] weight in 4 bits (QLoRA: Dettmers et al. 2023, section 3). Never changed in place.
 
     Made by `fp.ops.quantize_4bit` or `from_state_dict`. shape: (N, K). dtype: of the weight that was quantised, and what
-    `dequantize()` gives by default; an op computes in x's. quant_type: "nf4" or "fp4". blocksize: weights that share a scale. The other fields are how it is stored.
+    `dequantize()` gives by default; an op computes in x's. quant_type: "nf4" or "fp4". blocksize: weights that share a scale.
+    The other fields are how it is stored.
     """
 
     data: torch.Tensor  # uint8 [(N·K + 1) // 2]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import fastpeft
-from fastpeft import machine, native, cli
+from fastpeft import cli, machine, native
 
 
 def test_doctor_names_what_this_machine_has(capsys):

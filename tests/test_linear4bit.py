@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import pickle
@@ -26,9 +26,8 @@ from torch.utils.checkpoint import checkpoint
 import fastpeft as fp
 from fastpeft import native
 from fastpeft.ops import linear4bit, lora_linear, lora_linear_group, quantize_4bit
-from fastpeft.weight4bit import split
 from fastpeft.reference import linear4bit as reference
-from fastpeft.weight4bit import BLOCKSIZES
+from fastpeft.weight4bit import BLOCKSIZES, split
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 64), (100, 65), (7, 37), (1, 1), (33, 4304), (128, 576), (3, 5), (16, 8), (1, 31), (48, 24)]

@@ -432,7 +432,9 @@ def test_seen_by_a_dispatch_mode(dtype, m, p, case):
         for t in {"a frozen": inputs[1:2], "x frozen": inputs[:1]}.get(case, []):
             t.requires_grad_(False)
         of = [[cast(t) for t in ts] for ts in (weights, biases, dys)]
-        ys = lora_linear_group(inputs[0], of[0], inputs[1:3], inputs[3:], scales=[0.5, 2], biases=of[1], dropout_p=p, seed=5)
+        ys = lora_linear_group(
+            inputs[0], of[0], inputs[1:3], inputs[3:], scales=[0.5, 2], biases=of[1], dropout_p=p, seed=5
+        )
         live = [1] if case == "one output unused" else [0, 1]
         torch.autograd.backward([ys[i] for i in live], [of[2][i] for i in live])
         return [y.detach() for y in ys] + [t.grad for t in inputs]

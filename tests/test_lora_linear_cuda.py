@@ -11,13 +11,13 @@ import _cuda_emulation
 import pytest
 import torch
 from _guarded import Memory
+from fastpeft.ops._backend import Backend
 from test_linear4bit import check_all as check_4bit
 from test_lora_linear import check_all, problem
 
 import fastpeft as fp
 from fastpeft import native
 from fastpeft.ops import BACKENDS, lora_linear_cuda, lora_linear_gpu, lora_linear_group
-from fastpeft.ops._backend import Backend
 
 HALVES = [torch.bfloat16, torch.float16]
 SHAPES = [  # M, K, N, R

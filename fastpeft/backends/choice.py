@@ -9,6 +9,7 @@ from typing import Any
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 
+
 def _checked(name: str | None, source: str) -> str:
     if name and name not in NAMES:
         raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")

@@ -106,7 +106,9 @@ def _grad_down(dx, x, t, a, live, needs_a, p, seed, backend):
 
 def _grad_down_fake(dx, x, t, a, live, needs_a, p, seed, backend):
     found = [] if dx is None else [torch.empty_like(dx)]
-    return found + [a_i.new_empty(a_i.shape) for a_i, here, needs in zip(a, live, needs_a) if _there(here and needs, a_i)]
+    return found + [
+        a_i.new_empty(a_i.shape) for a_i, here, needs in zip(a, live, needs_a) if _there(here and needs, a_i)
+    ]
 
 
 def _grad_down_flops(dx, x, t, a, live, needs_a, *rest, out_shape):

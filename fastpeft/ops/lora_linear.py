@@ -107,7 +107,14 @@ def lora_linear_group(
     """
     n = len(weights)
     none = (None,) * n
-    lists = {"weights": weights, "biases": biases or none, "a": a, "b": b, "scales": scales, "lora_biases": lora_biases or none}
+    lists = {
+        "weights": weights,
+        "biases": biases or none,
+        "a": a,
+        "b": b,
+        "scales": scales,
+        "lora_biases": lora_biases or none,
+    }
     for name, given in lists.items():
         if len(given) != n or n == 0:
             expected = f"as long as weights, at least one (weights has {n})"
@@ -128,7 +135,13 @@ def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[t
         x, lists = _autocast(x, lists)
         _check.call(op, x, lists, p)
         scales = [s for s in (in_scale, out_scale, *lists[4]) if isinstance(s, torch.Tensor)]
-        if in_scale is not None or out_scale is not None or p == 1.0 or any(s.requires_grad for s in scales) or transformed():
+        if (
+            in_scale is not None
+            or out_scale is not None
+            or p == 1.0
+            or any(s.requires_grad for s in scales)
+            or transformed()
+        ):
             return _by_definition(op, x, lists, p, seed, in_scale, out_scale)
         lists = _as_kernels_read(x, lists)
         tensors = [t for ts in lists for t in ts if isinstance(t, torch.Tensor)]

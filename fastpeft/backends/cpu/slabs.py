@@ -17,7 +17,12 @@ Part = Callable[[Any, slice, slice, torch.dtype], torch.Tensor]
 
 
 def project(
-    x: torch.Tensor, ws: Sequence[Any], biases: Sequence[torch.Tensor | None], dtype: torch.dtype, part: Part, size: Callable
+    x: torch.Tensor,
+    ws: Sequence[Any],
+    biases: Sequence[torch.Tensor | None],
+    dtype: torch.dtype,
+    part: Part,
+    size: Callable,
 ) -> list[torch.Tensor]:
     """[x W_iᵀ + bias_i] computed in `dtype`; size(length): how many rows of that length make a slab"""
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in ws]
@@ -31,7 +36,9 @@ def project(
     return ys
 
 
-def combine(dys: Sequence[torch.Tensor], ws: Sequence[Any], dtype: torch.dtype, part: Part, size: Callable) -> torch.Tensor:
+def combine(
+    dys: Sequence[torch.Tensor], ws: Sequence[Any], dtype: torch.dtype, part: Part, size: Callable
+) -> torch.Tensor:
     """Σ dy_i W_i, as `project`"""
     first, k_all = dys[0], ws[0].shape[1]
     dx = first.new_empty(first.shape[0], k_all)
