@@ -93,12 +93,21 @@ def objects(source: str) -> dict[str, str]:
     if source.startswith("csrc/python/"):
         includes = (pybind11_headers(), sysconfig.get_path("include"))
         defines = shlex.join([f"-isystem{path}" for path in includes] + [f'-DFASTPEFT_BUILD_ID="{BUILD_ID}"'])
-        return {f"{source}.o": f"{CXX_FLAGS} {defines}"}
+        return {f"{source}.o": f"{CXX_FLAGS} -O2 {defines}"}  # no loops: a second less of compiling
     if source == "csrc/cpu/dispatch.cpp":  # chooses the instruction set
         return {f"{source}.o": CXX_FLAGS}
     # no exceptions: else every object exports the same weak reference to C++'s handler
     flags = f"{CXX_FLAGS} -fno-exceptions"
     return {f"{source}.{isa}.o": f"{flags} -DFASTPEFT_ISA={isa} {ISA_FLAGS[isa]}" for isa in ISAS}
+
+
+def longest_first(modules: dict[str, list[str]]) -> list[str]:
+    """All sources in the order to compile: what is short comes last, so that no core is left alone for long.
+
+    A file with pybind11 takes 10 s whatever its size; the others take 0.3 to 1 s a KB.
+    """
+    files = {file for files in modules.values() for file in files}
+    return sorted(files, key=lambda file: (not file.startswith("csrc/python/"), -(ROOT / file).stat().st_size, file))
 
 
 def pybind11_headers() -> str:
@@ -133,13 +142,12 @@ def ninja_file(modules: dict[str, list[str]], out: Path, compiler: str, cuda: tu
         lines.append(compile_rule("nvcc", shlex.quote(nvcc)))
     lines.append(compile_rule("cxx", f"{compiler} {includes}".rstrip()))
     lines.append(f"rule link\n  command = {command(compiler)} -shared -s $in -o $out {libraries} $libraries")
+    for file in longest_first(modules):
+        rule = "nvcc" if file.endswith(".cu") else "cxx"
+        for name, flags in objects(file).items():
+            lines.append(f"build {path(out / name)}: {rule} {path(file)}\n  flags = {command(flags)}")
     for module, files in modules.items():
-        inputs = []
-        for file in files:
-            rule = "nvcc" if file.endswith(".cu") else "cxx"
-            for name, flags in objects(file).items():
-                inputs.append(path(out / name))
-                lines.append(f"build {inputs[-1]}: {rule} {path(file)}\n  flags = {command(flags)}")
+        inputs = [path(out / name) for file in files for name in objects(file)]
         lines.append(f"build {path(out / f'{module}.so')}: link {' '.join(inputs)}")
         if module == "_cuda":
             lines.append(f"  libraries = {command(cudart)}")
