@@ -215,7 +215,7 @@ def join(
         else:
             about = (n, k), _DTYPE_LIST[dtype], QUANT_TYPES[quant_type], blocksize, bool(tiled)
             weights.append(Weight4bit(data, scales, nested, offset, *about))
-    return weights
+    return tuple(weights)
 
 
 _decode: Callable[[Weight4bit, torch.dtype], torch.Tensor] = reference.dense
