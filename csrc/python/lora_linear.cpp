@@ -102,12 +102,12 @@ py::object down(const Tensor& x, const MaybeTensors& a, double p, const MaybeTen
     all.push_back({adapter(op, "a", a[i], R, K), R, column, (uint32_t)i, nullptr});
     column += R;
   }
-  const py::object s = allocate(x, {M, total}, dtype);
-  if (total == 0 || M == 0) return s;
-  const Matrix to = matrix(op, "s", borrowed(s), M, total, dtype);
+  const Result s = allocate(x, {M, total}, dtype);
+  if (total == 0 || M == 0) return s.object;
+  const Matrix to{s.data, total, dtype};
   run(op, M, K, 0, total,
       [&] { return lora_linear().down({M, K, from, to, all.data(), (int)all.size(), drop, threads}); });
-  return s;
+  return s.object;
 }
 
 // y_i += s_i (scale_i·B_i)ᵀ + lora_bias_i, in place
@@ -144,9 +144,8 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
   const int dtype = compute(op, "s", s).dtype(), threads = num_threads();
   const int64_t M = rows_of(s), total = s.size(-1);
   const Matrix ranks = matrix(op, "s", s, M, total, dtype);
-  py::object t = py::none();
-  Matrix to{nullptr, 0, dtype};
-  if (wants_t) t = allocate(s, {M, total}, dtype), to = matrix(op, "t", borrowed(t), M, total, dtype);
+  const Result t = wants_t ? allocate(s, {M, total}, dtype) : Result{};
+  const Matrix to{t.data, total, dtype};
   for (const Tensor& dy : dys)
     if (!dy && to.data && M && total) memset(to.data, 0, (size_t)(M * total) * (dtype == FLOAT32 ? 4 : 2));
   py::list dbs(n), dbiases(n);
@@ -162,18 +161,18 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
                           columns(to, first), nullptr, nullptr, FLOAT32, threads};
     if (b[i]) call.b = adapter(op, "b", b[i], N, R), call.scale = scale_of(op, scales[i], R);
     if (b[i] && needs_b[i]) {
-      const py::object db = allocate(s, {N, R}, b[i].dtype());
-      call.db = borrowed(db).data(), dbs[i] = db;
+      const Result db = allocate(s, {N, R}, b[i].dtype());
+      call.db = db.data, dbs[i] = db.object;
     }
     if (needs_bias[i]) {
-      const py::object dbias = allocate(s, {N}, FLOAT32);
-      call.dbias = borrowed(dbias).data(), dbiases[i] = dbias;
+      const Result dbias = allocate(s, {N}, FLOAT32);
+      call.dbias = dbias.data, dbiases[i] = dbias.object;
     }
     if ((wants_t && R) || call.db || call.dbias) calls.push_back(call);
   }
   if (column != total) refuse(op, "s", text("[M, ΣR] = [", M, ", ", column, "]"), s);
   for (const LoraLinearGradUp& call : calls) run(op, M, 0, call.N, call.R, [&] { return lora_linear().grad_up(call); });
-  return py::make_tuple(t, dbs, dbiases);
+  return py::make_tuple(t.object, dbs, dbiases);
 }
 
 // -> dx, to which Σ_i drop_i(t_i A_i) was added in place (None stays None), and [dA_i = t_iᵀ drop_i(x)] where needed.
@@ -203,8 +202,8 @@ py::tuple grad_down(py::object dx, const MaybeTensor& x, const Tensor& t, const 
     if (!live[i]) continue;
     if (needs_a[i]) {
       if (!x) refuse(op, "x", "a tensor where dA is needed", x);
-      const py::object da = allocate(t, {R, K}, a[i].dtype());
-      projection.da = borrowed(da).data(), das[i] = da;
+      const Result da = allocate(t, {R, K}, a[i].dtype());
+      projection.da = da.data, das[i] = da.object;
     }
     all.push_back(projection);
   }
@@ -225,9 +224,24 @@ struct Few {
   int64_t R;
   Scale scale;
   Vector bias, lora_bias;
-  int threads;
 
-  int operator()(const Base& base) const {
+  // Work so small that one thread does it, without giving the GIL away.
+  static constexpr double ALONE = 1e5;
+
+  void run(const Base& base) const {
+    const bool alone = (double)M * K * (base.N + R) < ALONE;
+    const int threads = alone ? 1 : num_threads();
+    int status;
+    if (alone) {
+      status = call(base, threads);
+    } else {
+      py::gil_scoped_release release;
+      status = call(base, threads);
+    }
+    check_status(status, "lora_linear, few rows", M, K, base.N, R);
+  }
+
+  int call(const Base& base, int threads) const {
     if (!base.dense)
       return linear4bit().small({base.packed, M, R, x, y, s, a, b, scale, bias, lora_bias, plan.dot, threads});
     const Matrix w{base.dense.data(), base.dense.stride(0) > K ? base.dense.stride(0) : K, x.dtype};
@@ -236,10 +250,11 @@ struct Few {
 };
 
 // y [..., N] as x has its leading dimensions
-py::object allocate_rows(const Tensor& x, int64_t N) {
-  std::vector<int64_t> shape(x.view.shape, x.view.shape + x.dim());
-  shape.back() = N;
-  return allocate(x, shape.data(), x.dim(), x.dtype());
+Result allocate_rows(const Tensor& x, int64_t N) {
+  int64_t shape[MAX_DIMS];
+  std::copy_n(x.view.shape, x.dim(), shape);
+  shape[x.dim() - 1] = N;
+  return allocate(x, shape, x.dim(), x.dtype());
 }
 
 // ---- one call as the public function has it ----
@@ -277,8 +292,7 @@ struct Arguments {  // of one projection
       return t ? Matrix{t.data(), t.stride(0) > width ? t.stride(0) : width, t.dtype()} : Matrix{nullptr, 0, FLOAT32};
     };
     const Scale scales{scale ? (const float*)scale.data() : &number, scale ? scale.dim() : 0};
-    return {M, K, {x.data(), K, x.dtype()}, y, s, rows(a, K), rows(b, R), R, scales, of(bias), of(lora_bias),
-            num_threads()};
+    return {M, K, {x.data(), K, x.dtype()}, y, s, rows(a, K), rows(b, R), R, scales, of(bias), of(lora_bias)};
   }
 };
 
@@ -295,10 +309,9 @@ PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   const int64_t K = x.size(-1), M = rows_of(x);
   if (base.K != K || !base.takes(M, x.dtype())) Py_RETURN_NONE;
   if (!given.read(x, base, args[2], args[3], args[4], args[5], args[6]) || !plain_call()) Py_RETURN_NONE;
-  py::object y = allocate_rows(x, base.N);
-  const Few call = given.few(x, M, K, {borrowed(y).data(), base.N, x.dtype()}, {nullptr, 0, x.dtype()});
-  run("lora_linear", M, K, base.N, given.R, [&] { return call(base); });
-  return y.release().ptr();
+  Result y = allocate_rows(x, base.N);
+  given.few(x, M, K, {y.data, base.N, x.dtype()}, {nullptr, 0, x.dtype()}).run(base);
+  return y.object.release().ptr();
 } catch (py::error_already_set& error) {
   error.restore();
   return nullptr;
@@ -336,18 +349,17 @@ PyObject* few(PyObject*, PyObject* const* args, Py_ssize_t count) try {
     if (!lists.read(i, x, &base, &given) || !base.takes(M, x.dtype())) Py_RETURN_NONE;
     total += given.R;
   }
-  const py::object s = allocate(x, {M, total}, x.dtype());
-  Matrix ranks{borrowed(s).data(), total, x.dtype()};
-  py::list ys(lists.n);
+  const Result s = allocate(x, {M, total}, x.dtype());
+  Matrix ranks{s.data, total, x.dtype()};
+  py::tuple ys(lists.n);
   for (Py_ssize_t i = 0; i < lists.n; ++i) {
     const auto& [base, given] = all[i];
-    py::object y = allocate_rows(x, base.N);
-    const Few call = given.few(x, M, K, {borrowed(y).data(), base.N, x.dtype()}, ranks);
-    run("lora_linear_few", M, K, base.N, given.R, [&] { return call(base); });
+    const Result y = allocate_rows(x, base.N);
+    given.few(x, M, K, {y.data, base.N, x.dtype()}, ranks).run(base);
     ranks = columns(ranks, given.R);
-    ys[i] = std::move(y);
+    ys[i] = y.object;
   }
-  return py::make_tuple(ys, s).release().ptr();
+  return py::make_tuple(ys, s.object).release().ptr();
 } catch (py::error_already_set& error) {
   error.restore();
   return nullptr;

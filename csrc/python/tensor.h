@@ -211,12 +211,22 @@ inline bool requires_grad(const Tensor& t) {
 
 // ---- results ----
 
+constexpr int MAX_DIMS = 64;  // as PyTorch has it
+
+struct Result {
+  py::object object = py::none();
+  void* data = nullptr;
+};
+
 // A new contiguous tensor on `like`'s device, by PyTorch's allocator. The GIL is held.
-inline py::object allocate(const Tensor& like, const int64_t* shape, int dims, int dtype) {
+inline Result allocate(const Tensor& like, const int64_t* shape, int dims, int dtype) {
   if (torch_.allocate_instead) {
     py::tuple sizes(dims);
     for (int i = 0; i < dims; ++i) sizes[i] = shape[i];
-    return py::handle(torch_.allocate_instead)(sizes, dtype);
+    const py::object object = py::handle(torch_.allocate_instead)(sizes, dtype);
+    Tensor t;
+    if (!borrow(object.ptr(), &t, true)) throw py::error_already_set();
+    return {object, t.data()};
   }
   dlpack::View prototype{nullptr, like.view.device, dims, dlpack_of(dtype), (int64_t*)shape, nullptr, 0};
   dlpack::Managed* made = nullptr;
@@ -227,17 +237,12 @@ inline py::object allocate(const Tensor& like, const int64_t* shape, int dims, i
     PyErr_SetString(PyExc_MemoryError, message.c_str());
     throw py::error_already_set();
   }
+  void* const data = (char*)made->tensor.data + made->tensor.byte_offset;
   if (torch_.api->object_from_managed(made, &object)) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>((PyObject*)object);
+  return {py::reinterpret_steal<py::object>((PyObject*)object), data};
 }
-inline py::object allocate(const Tensor& like, std::initializer_list<int64_t> shape, int dtype) {
+inline Result allocate(const Tensor& like, std::initializer_list<int64_t> shape, int dtype) {
   return allocate(like, shape.begin(), (int)shape.size(), dtype);
-}
-
-inline Tensor borrowed(const py::object& object) {
-  Tensor t;
-  if (!borrow(object.ptr(), &t, true)) throw py::error_already_set();
-  return t;
 }
 
 // ---- checks in sentences ----

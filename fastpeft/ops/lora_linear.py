@@ -147,15 +147,19 @@ def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[t
         tensors = [t for ts in lists for t in ts if isinstance(t, torch.Tensor)]
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
     weights, biases, a, b, scales, lora_biases = lists
-    scales = tuple(None if a_i is None else _scale(scale, x, plain) for a_i, scale in zip(a, scales))
+    scales = tuple([None if a_i is None else _scale(scale, x, plain) for a_i, scale in zip(a, scales)])
     seed = _check.seed_tensor(op, seed, x.device) if p else None
     passes: Any = forced()
     if plain:
         passes = cpu if fits and x.is_cpu and allows("cpu") else choose("lora_linear", BACKENDS, (x, a, b), passes)
-    if needs_grad:
-        tensors, quants, forms = split(weights)
-        return LoraLinear.apply(passes, forms, p, x, seed, *tensors, *biases, *a, *b, *scales, *lora_biases, *quants)
-    return forward(_passes(passes), x, weights, biases, a, b, scales, lora_biases, p, seed)[0]
+    lists = weights, biases, a, b, scales, lora_biases
+    if not needs_grad:
+        return forward(_passes(passes), x, *lists, p, seed)[0]
+    tensors, quants, forms = split(weights)
+    flat = *tensors, *biases, *a, *b, *scales, *lora_biases, *quants
+    if plain:
+        return _apply(passes, lists, forms, p, x, seed, *flat)
+    return LoraLinear.apply(passes, None, forms, p, x, seed, *flat)
 
 
 def _passes(of: Any) -> Any:
@@ -275,62 +279,64 @@ def backward(passes, dys, x, s, weights, a, b, scales, p, seed, needs_x, needs_a
 
 
 class LoraLinear(torch.autograd.Function):
-    """apply(passes, forms, p, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases, *quants) -> ys
+    """apply(passes, lists, forms, p, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases, *quants) -> ys
 
     Flat, for autograd looks into no list. A 4-bit weight goes as its bytes among the weights, its scales in `quants` (three
-    each) and the rest as ints in `forms`. passes: see `_passes`.
+    each) and the rest as ints in `forms`. passes: see `_passes`. lists: the same as `forward` takes it, in a plain call.
     """
 
     @staticmethod
-    def forward(ctx, passes, forms, p, x, seed, *flat):
-        weights, biases, a, b, scales, lora_biases, quants = _by_kind(flat, forms)
-        of = join(weights, quants, forms)
-        ys, s = forward(_passes(passes), x, of, biases, a, b, scales, lora_biases, p, seed)
-        needs = _by_kind(ctx.needs_input_grad[5:], forms)
+    def forward(ctx, passes, lists, forms, p, x, seed, *flat):
+        n = len(flat) // (9 if forms else 6)
+        if lists is None:
+            weights, *lists = (flat[i : i + n] for i in range(0, 6 * n, n))
+            lists = join(weights, flat[6 * n :], forms), *lists
+        ys, s = forward(_passes(passes), x, *lists, p, seed)
         ctx.set_materialize_grads(False)
-        ctx.call = passes, forms, p, ctx.needs_input_grad[3], needs
-        # without an A to train x is not read again (LoRA-FA, BitFit)
-        ctx.save_for_backward(x if any(needs[2]) else None, s, seed, *weights, *a, *b, *scales, *quants)
+        ctx.call = passes, forms, p, n
+        trains_a = True in ctx.needs_input_grad[_FLAT + 2 * n : _FLAT + 3 * n]  # else x is not read again (LoRA-FA, BitFit)
+        kept = *flat[:n], *flat[2 * n : 5 * n], *flat[6 * n :]
+        ctx.save_for_backward(x if trains_a else None, s, seed, *kept)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys):
-        saved = ctx.saved_tensors  # checkpointing lets them be unpacked once only
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad  # checkpointing lets them be unpacked once only
         if not torch.is_grad_enabled():
-            return _gradients(ctx.call, saved, dys)
+            return _gradients(ctx.call, needs, saved, dys)
         with torch.no_grad():
-            out = _gradients(ctx.call, saved, dys)
+            out = _gradients(ctx.call, needs, saved, dys)
         if not is_compiling():  # create_graph=True
             sources = [t for t in (*saved, *dys) if t is not None and t.requires_grad]
             out = tuple(None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out)
         return out
 
 
-def _by_kind(flat, forms):
-    """(*weights, *biases, ..., *lora_biases, *quants) -> those seven"""
-    n = len(flat) // (9 if forms else 6)
-    return *(flat[i : i + n] for i in range(0, 6 * n, n)), flat[6 * n :]
+_FLAT = 6  # of the arguments of forward, how many stand before the flat ones
+_X = 4  # where x stands
+# For plain calls: past what `apply` does for functorch and for defaults of arguments (3.7 of the 9 µs of an empty Function).
+_apply = super(torch.autograd.Function, LoraLinear).apply
 
 
-def _gradients(call, saved, dys):
-    passes, forms, p, needs_x, needs = call
+def _gradients(call, needs, saved, dys):
+    passes, forms, p, n = call
     x, s, seed, *flat = saved
-    n = len(dys)
-    weights, a, b, scales = (flat[i : i + n] for i in range(0, 4 * n, n))
-    _, wants_bias, wants_a, wants_b, _, wants_lora_bias, quants = needs
-    dx, none = None, (None,) * n
-    das, dbs, dbiases = none, none, none
+    weights, a, b, scales = flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n : 4 * n]
+    _, wants_bias, wants_a, wants_b, _, wants_lora_bias = (needs[i : i + n] for i in range(_FLAT, _FLAT + 6 * n, n))
+    none = (None,) * n
+    dx, das, dbs, dbiases = None, none, none, none
     if any(dy is not None for dy in dys):
         if not isinstance(passes, str) and not all(dy is None or plain_call(dy) for dy in dys):
             passes = forced()
+        wants_sum = [one or two for one, two in zip(wants_bias, wants_lora_bias)]
         dx, das, dbs, dbiases = backward(
-            _passes(passes), dys, x, s, join(weights, flat[4 * n :], forms), a, b, scales, p, seed, needs_x, wants_a,
-            wants_b, [one or two for one, two in zip(wants_bias, wants_lora_bias)],
+            _passes(passes), dys, x, s, join(weights, flat[4 * n :], forms), a, b, scales, p, seed, needs[_X], wants_a,
+            wants_b, wants_sum,
         )  # fmt: skip
-    dbias, dlora_bias = (
-        [g if want else None for g, want in zip(dbiases, wants)] for wants in (wants_bias, wants_lora_bias)
-    )
-    return None, None, None, dx, None, *none, *dbias, *das, *dbs, *none, *dlora_bias, *(None for _ in quants)
+    dbias = [g if want else None for g, want in zip(dbiases, wants_bias)]
+    dlora_bias = [g if want else None for g, want in zip(dbiases, wants_lora_bias)]
+    quants = [None] * len(flat[4 * n :])
+    return None, None, None, None, dx, None, *none, *dbias, *das, *dbs, *none, *dlora_bias, *quants
 
 
 class _NoSecondDerivative(torch.autograd.Function):
