@@ -16,6 +16,20 @@ constexpr int64_t MAX_RANK = 512;
 using Tensors = std::vector<Tensor>;
 using MaybeTensors = std::vector<MaybeTensor>;
 
+// A number, or a float32 tensor [] or [R]; None where a projection has no adapter.
+struct ScaleArgument : Tensor {
+  float number = 0.0f;
+  bool is_number = false;
+
+  bool read(PyObject* object, bool raise) {
+    is_number = PyFloat_CheckExact(object) || PyLong_CheckExact(object);
+    if (!is_number) return borrow(object, this, raise);
+    number = (float)PyFloat_AsDouble(object);
+    return !PyErr_Occurred() || (PyErr_Clear(), false);
+  }
+};
+using Scales = std::vector<ScaleArgument>;
+
 // ---- arguments ----
 
 Tensor compute(const char* op, const char* argument, const Tensor& t) {
@@ -40,7 +54,8 @@ bool is_scale(const Tensor& t, int64_t R) {
   return t.dtype() == FLOAT32 && (t.dim() == 0 || (t.is({R}) && (R == 1 || t.stride(0) == 1)));
 }
 
-Scale scale_of(const char* op, const Tensor& t, int64_t R) {
+Scale scale_of(const char* op, const ScaleArgument& t, int64_t R) {
+  if (t.is_number) return {&t.number, 0};
   if (!t || !is_scale(t, R)) refuse(op, "scale", text("[] or [R] = [", R, "], contiguous, float32"), t);
   return {(const float*)t.data(), t.dim()};
 }
@@ -111,7 +126,7 @@ py::object down(const Tensor& x, const MaybeTensors& a, double p, const MaybeTen
 }
 
 // y_i += s_i (scale_i·B_i)ᵀ + lora_bias_i, in place
-py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const MaybeTensors& scales,
+py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Scales& scales,
               const MaybeTensors& lora_biases) {
   const char* const op = "lora_linear_up";
   const Tensors all = ys.cast<Tensors>();
@@ -136,7 +151,7 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Maybe
 }
 
 // -> t [M, ΣR] = dy (scale·B) or None, [dB_i], [dbias_i, float32]; None where not needed, and t 0, where there is no dy
-py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& b, const MaybeTensors& scales,
+py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& b, const Scales& scales,
                   bool wants_t, const std::vector<bool>& needs_b, const std::vector<bool>& needs_bias) {
   const char* const op = "lora_linear_grad_up";
   const size_t n = dys.size();
@@ -260,8 +275,8 @@ Result allocate_rows(const Tensor& x, int64_t N) {
 // ---- one call as the public function has it ----
 
 struct Arguments {  // of one projection
-  Tensor a, b, scale, bias, lora_bias;
-  float number = 0.0f;
+  Tensor a, b, bias, lora_bias;
+  ScaleArgument scale;
   int64_t R = 0;
 
   // Whether all are what the kernels take as they are; no exception, no error set.
@@ -273,11 +288,7 @@ struct Arguments {  // of one projection
     R = a.size(0);
     if (R < 1 || R > MAX_RANK || !is_adapter(a, R, base.K) || !is_adapter(b, base.N, R)) return false;
     if (!a.same_device(x) || !b.same_device(x)) return false;
-    if (PyFloat_CheckExact(scale_) || PyLong_CheckExact(scale_)) {
-      number = (float)PyFloat_AsDouble(scale_);
-      return !PyErr_Occurred() || (PyErr_Clear(), false);
-    }
-    return borrow(scale_, &scale, false) && is_scale(scale, R) && scale.same_device(x);
+    return scale.read(scale_, false) && (scale.is_number || (is_scale(scale, R) && scale.same_device(x)));
   }
 
   static bool optional(PyObject* object, Tensor* out, const Tensor& x, int64_t N) {
@@ -291,7 +302,7 @@ struct Arguments {  // of one projection
     const auto rows = [&](const Tensor& t, int64_t width) -> Matrix {
       return t ? Matrix{t.data(), t.stride(0) > width ? t.stride(0) : width, t.dtype()} : Matrix{nullptr, 0, FLOAT32};
     };
-    const Scale scales{scale ? (const float*)scale.data() : &number, scale ? scale.dim() : 0};
+    const Scale scales{scale.is_number ? &scale.number : (const float*)scale.data(), scale ? scale.dim() : 0};
     return {M, K, {x.data(), K, x.dtype()}, y, s, rows(a, K), rows(b, R), R, scales, of(bias), of(lora_bias)};
   }
 };
@@ -332,8 +343,25 @@ struct Lists {
   }
 };
 
-// lora_linear_few(x, weights, biases, a, b, scales, lora_biases), tuples of an entry a projection -> [y_i], s with
-// y_i = x W_iᵀ + bias_i + s_i (scale_i·B_i)ᵀ + lora_bias_i; or None, where a weight is not for the kernels of few rows.
+// y_i = x W_iᵀ + bias_i + s_i (scale_i·B_i)ᵀ + lora_bias_i of all projections, and s
+py::tuple compute_few(const Tensor& x, int64_t M, int64_t K, const std::vector<std::pair<Base, Arguments>>& all) {
+  int64_t total = 0;
+  for (const auto& [base, given] : all) total += given.R;
+  const Result s = allocate(x, {M, total}, x.dtype());
+  Matrix ranks{s.data, total, x.dtype()};
+  py::tuple ys(all.size());
+  for (size_t i = 0; i < all.size(); ++i) {
+    const auto& [base, given] = all[i];
+    const Result y = allocate_rows(x, base.N);
+    given.few(x, M, K, {y.data, base.N, x.dtype()}, ranks).run(base);
+    ranks = columns(ranks, given.R);
+    ys[i] = y.object;
+  }
+  return py::make_tuple(ys, s.object);
+}
+
+// lora_linear_few(x, weights, biases, a, b, scales, lora_biases), tuples of an entry a projection -> ([y_i], s); or None,
+// where a weight is not for the kernels of few rows, or an argument not as the kernels take it.
 PyObject* few(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (count != 7) return PyErr_Format(PyExc_TypeError, "lora_linear_few takes 7 arguments, got %zd", count);
   Tensor x;
@@ -341,50 +369,41 @@ PyObject* few(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (!borrow(args[0], &x, false) || x.view.device.type != dlpack::CPU || !x.is_real() || x.dim() < 1 ||
       !x.contiguous() || lists.n < 1)
     Py_RETURN_NONE;
-  const int64_t K = x.size(-1), M = rows_of(x);
+  const int64_t M = rows_of(x);
   std::vector<std::pair<Base, Arguments>> all(lists.n);
-  int64_t total = 0;
-  for (Py_ssize_t i = 0; i < lists.n; ++i) {
-    auto& [base, given] = all[i];
-    if (!lists.read(i, x, &base, &given) || !base.takes(M, x.dtype())) Py_RETURN_NONE;
-    total += given.R;
-  }
-  const Result s = allocate(x, {M, total}, x.dtype());
-  Matrix ranks{s.data, total, x.dtype()};
-  py::tuple ys(lists.n);
-  for (Py_ssize_t i = 0; i < lists.n; ++i) {
-    const auto& [base, given] = all[i];
-    const Result y = allocate_rows(x, base.N);
-    given.few(x, M, K, {y.data, base.N, x.dtype()}, ranks).run(base);
-    ranks = columns(ranks, given.R);
-    ys[i] = y.object;
-  }
-  return py::make_tuple(ys, s.object).release().ptr();
+  for (Py_ssize_t i = 0; i < lists.n; ++i)
+    if (!lists.read(i, x, &all[i].first, &all[i].second) || !all[i].first.takes(M, x.dtype())) Py_RETURN_NONE;
+  return compute_few(x, M, x.size(-1), all).release().ptr();
 } catch (py::error_already_set& error) {
   error.restore();
   return nullptr;
 }
 
-// lora_linear_fits(x, weights, biases, a, b, scales, lora_biases) -> 1: the passes take all of it as it is, and some of
-// it requires grad; 0: none does; -1: not as it is, or autocast is on (the checks in Python say what is wrong).
-PyObject* fits(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 7) return PyErr_Format(PyExc_TypeError, "lora_linear_fits takes 7 arguments, got %zd", count);
-  const auto answer = [](int n) { return PyLong_FromLong(n); };
+// lora_linear_begin(compute, x, weights, biases, a, b, scales, lora_biases) -> (fits, found)
+// fits: 1, the passes take all of it as it is, in a plain call, and some of it requires grad; 0, none does; -1, not as it
+// is, or not plain (the checks in Python say what is wrong). found: what lora_linear_few gives, if `compute`, else None.
+PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (count != 8) return PyErr_Format(PyExc_TypeError, "lora_linear_begin takes 8 arguments, got %zd", count);
+  static PyObject* const no = py::make_tuple(-1, py::none()).release().ptr();
   Tensor x;
-  if (answers_true(torch_.watchers[0]) || !borrow(args[0], &x, false) || !x.is_real() || x.dim() < 1) return answer(-1);
+  const Lists lists(args + 2);
+  if (lists.n < 1 || !borrow(args[1], &x, false) || !x.is_real() || x.dim() < 1 || !plain_call()) return Py_NewRef(no);
   const bool grad = answers_true(torch_.is_grad_enabled);
   bool needed = requires_grad(x);
-  const Lists lists(args + 1);
+  const int64_t M = rows_of(x);
+  bool is_few = args[0] == Py_True && x.view.device.type == dlpack::CPU && x.contiguous();
+  std::vector<std::pair<Base, Arguments>> all(lists.n);
   for (Py_ssize_t i = 0; i < lists.n; ++i) {
-    Base base;
-    Arguments given;
-    if (!lists.read(i, x, &base, &given)) return answer(-1);
-    if (grad && (requires_grad(base.dense) || requires_grad(given.scale))) return answer(-1);
+    auto& [base, given] = all[i];
+    if (!lists.read(i, x, &base, &given)) return Py_NewRef(no);
+    if (grad && (requires_grad(base.dense) || requires_grad(given.scale))) return Py_NewRef(no);
     needed = needed || requires_grad(given.a) || requires_grad(given.b) || requires_grad(given.bias) ||
              requires_grad(given.lora_bias);
+    is_few = is_few && base.takes(M, x.dtype());
   }
-  if (lists.n < 1) return answer(-1);
-  return answer(grad && needed);
+  py::object found = py::none();
+  if (is_few) found = compute_few(x, M, x.size(-1), all);
+  return py::make_tuple((int)(grad && needed), found).release().ptr();
 } catch (py::error_already_set& error) {
   error.restore();
   return nullptr;
@@ -403,10 +422,25 @@ PyMethodDef fast_method(const char* name, FastCall call, const char* doc) {
 PyMethodDef FAST_METHODS[] = {
     fast_method("lora_linear_plain", plain, "y of a plain inference call of few rows, or None."),
     fast_method("lora_linear_few", few, "ys and s of few rows, base included, or None."),
-    fast_method("lora_linear_fits", fits, "Whether the passes take these arguments as they are: 1, 0 or -1."),
+    fast_method("lora_linear_begin", begin, "Whether the passes take these arguments as they are, and few rows' results."),
 };
 
 }  // namespace
+
+}  // namespace fastpeft
+
+namespace pybind11::detail {
+template <>
+struct type_caster<fastpeft::ScaleArgument> {
+  PYBIND11_TYPE_CASTER(fastpeft::ScaleArgument, const_name("float | torch.Tensor | None"));
+  bool load(handle source, bool) {
+    if (!source.is_none() && !value.read(source.ptr(), true)) throw error_already_set();
+    return true;
+  }
+};
+}  // namespace pybind11::detail
+
+namespace fastpeft {
 
 void define_lora_linear(py::module_& m) {
   using namespace py::literals;
