@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="KxN@M,..",
         help="kernel table for these shapes instead, such as 576x1536@512,4096x4096@1",
     )
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="compute dtype (default: bf16, fp32 for its own target)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="compute dtype (default: bf16; fp32 where the CPU has none)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     add(
         "--peer",

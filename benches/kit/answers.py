@@ -33,7 +33,7 @@ class Answer:
 
     def text(self) -> str:
         """For a terminal: question, sentence, bars."""
-        shown = [self.question, f"  {self.sentence}"]
+        shown = [self.question, f"  {self.sentence}", *([f"    {self.unit}:"] if self.bars else [])]
         most = max((bar.median for bar in self.bars.values()), default=1.0)
         width = max((len(name) for name in self.bars), default=0)
         for name, bar in self.bars.items():
@@ -86,7 +86,7 @@ def _faster(row: Row, question: str, what: str, file: str) -> Answer | None:
     names = [name for name in (PEFT, "PEFT same dtype", "composition", OURS, FROZEN) if name in samples.seconds]
     bars = {name: samples.ratio(name, PEFT) for name in names}
     short = f"{gain.median:.2f}x [{gain.low:.2f}, {gain.high:.2f}]{'' if sure else ' (noisy)'}"
-    return Answer(question, sentence, short, file, "of PEFT's time", bars, sure=sure, context=row["key"])
+    return Answer(question, sentence, short, file, "time, PEFT's = 1", bars, sure=sure, context=row["key"])
 
 
 def step(rows: list[Row]) -> Answer | None:

@@ -12,13 +12,9 @@ from pathlib import Path
 import torch
 
 from . import cuda, plans
+from .plans import host
 
-# INTEGRATION: `fastpeft._machine` becomes `fastpeft.machine`; then this is a plain import.
-try:
-    from fastpeft.machine import cpu, cpu_flags, cpuinfo, version
-except ImportError:
-    from fastpeft._machine import cpu, cpu_flags, cpuinfo, version
-
+cpu, cpu_flags, cpuinfo, version = host.cpu, host.cpu_flags, host.cpuinfo, host.version
 SCHEMA = 2  # of a line in a results file
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 _PACKAGES = ("torch", "peft", "transformers", "numpy", "triton", "bitsandbytes", "kernels", "fastpeft")
@@ -48,6 +44,11 @@ def last_level_cache() -> int:
 def cores() -> int:
     """Cores that this process may use."""
     return cpu()["cores"]
+
+
+def has_bf16() -> bool:
+    """Whether the CPU has instructions that compute in bf16."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags()))
 
 
 def _git(*arguments: str) -> str | None:

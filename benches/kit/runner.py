@@ -50,7 +50,10 @@ class Run:
         self.device = options.device
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() and options.suite == "lora" else "cpu"
-        self.dtype_name = options.dtype or "bf16"
+        slow = options.suite == "lora" and self.device == "cpu" and not machine.has_bf16()
+        self.dtype_name = options.dtype or (
+            "fp32" if slow else "bf16"
+        )  # bf16 without instructions for it takes minutes
         self.dtype = DTYPES[self.dtype_name]
         self.out: Path = options.out or Path("bench-results", *([] if options.suite == "lora" else [options.suite]))
         self.file = self.out / "results.jsonl"
@@ -76,7 +79,7 @@ class Run:
 
     def add(self, task: Task, row: Row, took: float) -> None:
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        stamp = {"suite": self.options.suite, "time": when, "task": task.name, "took": round(took, 1)}
+        stamp = {"suite": self.options.suite, "measured_at": when, "task": task.name, "took": round(took, 1)}
         row = {**machine.describe(self.device), **stamp, "device": self.device, "dtype": self.dtype_name, **row}
         row = without_nan(row)
         self.rows.append(row)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._fetch import MODEL, REVIEWS, FetchError, cache_dir, fetch
+from .fetch import MODEL, REVIEWS, FetchError, cache_dir, fetch
 
 NAME = "SmolLM2-135M-Instruct"
 

@@ -219,11 +219,10 @@ def decode(
     def token(model: nn.Module) -> Callable[[], object]:
         model.eval()
         cache = model(input_ids=ids, use_cache=True).past_key_values
-        length = cache.get_seq_length()
 
         def run() -> object:
             logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
-            cache.crop(length)
+            cache.crop(-1)
             return logits
 
         return run
