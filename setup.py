@@ -1,10 +1,10 @@
 """Builds the compiled modules of fastpeft with ninja, because their flags differ by file.
 
-    csrc/bind_cpu.cpp  + csrc/cpu/*.cpp  -> fastpeft_kernels._cpu    where there is a C++ compiler
-    csrc/bind_cuda.cpp + csrc/cuda/*.cu  -> fastpeft_kernels._cuda   where nvcc is there too
+    csrc/python/*.cpp      + csrc/cpu/*.cpp  -> fastpeft_kernels._cpu    where there is a C++ compiler
+    csrc/python/*cuda.cpp  + csrc/cuda/*.cu  -> fastpeft_kernels._cuda   where nvcc is there too
 
-A file whose stem ends in an instruction set (`lora_linear_avx2.cpp`) is compiled for that set, every other file for the
-baseline of the architecture: what a machine cannot run stays in object files that it never enters. No torch is needed.
+CPU kernels (csrc/cpu) are compiled once for each instruction set, every other file for the baseline of the
+architecture: what a machine cannot run stays in object files that it never enters. No torch is needed.
 FASTPEFT_PURE_PYTHON=1 leaves all compiled modules out; CXX and MAX_JOBS mean what they usually do.
 """
 
@@ -39,7 +39,7 @@ ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
     "avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c",
 }
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISAS = [*ISA_FLAGS] if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
 # Machine code for A100 and H100, PTX for what comes between and after them.
 NVCC_FLAGS = (
     "-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden -gencode arch=compute_80,code=sm_80 "
@@ -78,31 +78,27 @@ def find_cuda() -> tuple[str, Path] | None:
     return nvcc, Path(top[1].strip()).resolve()
 
 
-def sources(binding: str, pattern: str) -> list[str]:
-    """A binding and the kernels beside it, relative to ROOT; empty if there is no such binding."""
-    if not (ROOT / "csrc" / binding).is_file():
-        return []
-    kernels = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(pattern))
-    return [f"csrc/{binding}"] + [path for path in kernels if X86 or isa_of(path) in (None, "scalar")]
+def sources(module: str) -> list[str]:
+    """A module's files, relative to ROOT; none where nothing binds it to Python."""
+    csrc = ROOT / "csrc"
+    python = [path for path in csrc.glob("python/*.cpp") if path.stem.endswith("cuda") == (module == "_cuda")]
+    kernels = csrc.glob("cuda/*.cu" if module == "_cuda" else "cpu/*.cpp")
+    return sorted(path.relative_to(ROOT).as_posix() for path in [*python, *kernels]) if python else []
 
 
-def isa_of(path: str) -> str | None:
-    suffix = Path(path).stem.rpartition("_")[2]
-    return suffix if suffix in ISA_FLAGS else None
-
-
-def flags_of(path: str) -> str:
-    """The compiler flags of one source file."""
-    if path.endswith(".cu"):
-        return NVCC_FLAGS
-    flags = CXX_FLAGS
-    isa = isa_of(path)
-    if isa:  # no exceptions: else every object exports the same weak reference to C++'s handler
-        flags += f" -fno-exceptions {ISA_FLAGS[isa]}"
-    if Path(path).name.startswith("bind_"):
+def objects(source: str) -> dict[str, str]:
+    """The object files made of one source, each with its compiler flags."""
+    if source.endswith(".cu"):
+        return {f"{source}.o": NVCC_FLAGS}
+    if source.startswith("csrc/python/"):
         includes = (pybind11_headers(), sysconfig.get_path("include"))
-        flags += " " + shlex.join([f"-isystem{path}" for path in includes] + [f'-DFASTPEFT_BUILD_ID="{BUILD_ID}"'])
-    return flags
+        defines = shlex.join([f"-isystem{path}" for path in includes] + [f'-DFASTPEFT_BUILD_ID="{BUILD_ID}"'])
+        return {f"{source}.o": f"{CXX_FLAGS} {defines}"}
+    if source == "csrc/cpu/dispatch.cpp":  # chooses the instruction set
+        return {f"{source}.o": CXX_FLAGS}
+    # no exceptions: else every object exports the same weak reference to C++'s handler
+    flags = f"{CXX_FLAGS} -fno-exceptions"
+    return {f"{source}.{isa}.o": f"{flags} -DFASTPEFT_ISA={isa} {ISA_FLAGS[isa]}" for isa in ISAS}
 
 
 def pybind11_headers() -> str:
@@ -116,8 +112,8 @@ def pybind11_headers() -> str:
     return str(copy)
 
 
-def ninja_file(name: str, files: list[str], out: Path, compiler: str, cuda: tuple[str, Path] | None) -> str:
-    """build.ninja for one module: its objects, then the link."""
+def ninja_file(modules: dict[str, list[str]], out: Path, compiler: str, cuda: tuple[str, Path] | None) -> str:
+    """build.ninja: for each module its objects, then the link."""
 
     def path(text: object) -> str:
         return re.sub(r"([$ :])", r"$\1", str(text))
@@ -129,63 +125,55 @@ def ninja_file(name: str, files: list[str], out: Path, compiler: str, cuda: tupl
         run = f"{command(program)} -MMD -MF $out.d $flags -c $in -o $out"
         return f"rule {rule}\n  command = {run}\n  depfile = $out.d\n  deps = gcc"
 
-    includes, libraries, lines = "", "-fopenmp -pthread", [f"builddir = {path(out / f'{name}.state')}"]
+    includes, libraries, lines = "", "-fopenmp -pthread", [f"builddir = {path(out)}"]
     if cuda:
         nvcc, toolkit = cuda
         includes = shlex.quote(f"-isystem{toolkit}/include")
-        libraries += f" {shlex.quote(f'-L{toolkit}/lib64')} -lcudart_static -ldl -lrt"
+        cudart = f"{shlex.quote(f'-L{toolkit}/lib64')} -lcudart_static -ldl -lrt"
         lines.append(compile_rule("nvcc", shlex.quote(nvcc)))
     lines.append(compile_rule("cxx", f"{compiler} {includes}".rstrip()))
-    lines.append(f"rule link\n  command = {command(compiler)} -shared -s $in -o $out {command(libraries)}")
-    objects = []
-    for file in files:
-        objects.append(path(out / f"{file}.o"))
-        rule = "nvcc" if file.endswith(".cu") else "cxx"
-        lines.append(f"build {objects[-1]}: {rule} {path(file)}\n  flags = {command(flags_of(file))}")
-    lines.append(f"build {path(out / f'{name}.so')}: link {' '.join(objects)}")
+    lines.append(f"rule link\n  command = {command(compiler)} -shared -s $in -o $out {libraries} $libraries")
+    for module, files in modules.items():
+        inputs = []
+        for file in files:
+            rule = "nvcc" if file.endswith(".cu") else "cxx"
+            for name, flags in objects(file).items():
+                inputs.append(path(out / name))
+                lines.append(f"build {inputs[-1]}: {rule} {path(file)}\n  flags = {command(flags)}")
+        lines.append(f"build {path(out / f'{module}.so')}: link {' '.join(inputs)}")
+        if module == "_cuda":
+            lines.append(f"  libraries = {command(cudart)}")
     return "\n".join(lines) + "\n"
 
 
 class NinjaBuildExt(build_ext):
-    """Runs ninja in build/native (kept between runs: only what changed is compiled), then puts the module in place.
+    """Runs ninja in build/native (kept between runs: only what changed is compiled), then puts the modules in place."""
 
-    Both modules at a time: the CUDA one is a single file, which would leave a core idle.
-    """
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.parallel = self.parallel or 2
-
-    def run(self) -> None:
-        if self.extensions:
-            pybind11_headers()
-        super().run()
-
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
         import fcntl
 
         import ninja
 
         compiler = find_compiler()
-        assert compiler is not None, "an extension without a compiler"
+        assert compiler is not None, "extensions without a compiler"
+        modules = {ext.name.rpartition(".")[2]: ext.sources for ext in self.extensions}
         out = Path("build", "native", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
-        name = ext.name.rpartition(".")[2]
-        cuda = find_cuda() if name == "_cuda" else None
-        script = ROOT / out / f"{name}.ninja"
+        script = ROOT / out / "build.ninja"
         script.parent.mkdir(parents=True, exist_ok=True)
-        script.write_text(ninja_file(name, ext.sources, out, compiler, cuda))
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        with open(ROOT / out / f"{name}.lock", "w") as lock:
+        with open(ROOT / out / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second install from this folder waits for the first
+            script.write_text(ninja_file(modules, out, compiler, find_cuda() if "_cuda" in modules else None))
             ran = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-f", script, "-j", jobs], cwd=ROOT)
         if ran.returncode:
             raise CompileError(
-                f"compiling {ext.name} with {compiler} failed (its message stands above). Report it; meanwhile "
-                "FASTPEFT_PURE_PYTHON=1 in the environment installs fastpeft without compiled kernels."
+                f"compiling {' and '.join(modules)} with {compiler} failed (its message stands above). Report it; "
+                "meanwhile FASTPEFT_PURE_PYTHON=1 in the environment installs fastpeft without compiled kernels."
             )
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / out / f"{name}.so", target)
+        for module, ext in zip(modules, self.extensions, strict=True):
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / out / f"{module}.so", target)
 
 
 class CleanBuild(build):
@@ -207,13 +195,10 @@ class StampedBuildPy(build_py):
 
 
 def extensions() -> list[Extension]:
-    cpu, cuda = sources("bind_cpu.cpp", "cpu/*.cpp"), sources("bind_cuda.cpp", "cuda/*.cu")
     if find_compiler() is None:
         return []
-    modules = [Extension("fastpeft_kernels._cpu", cpu)] if cpu else []
-    if cuda and find_cuda():
-        modules.append(Extension("fastpeft_kernels._cuda", cuda))
-    return modules
+    modules = ["_cpu", "_cuda"] if find_cuda() else ["_cpu"]
+    return [Extension(f"fastpeft_kernels.{module}", files) for module in modules if (files := sources(module))]
 
 
 setup(

@@ -14,8 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import nn, ops
-from ._native import warn_if_missing
-from .ops._backend import backend
+from .native import warn_if_missing
+from .backends.choice import backend
+from .backends.plans import plan
 from .weight4bit import Weight4bit
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .interop.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Weight4bit", "apply", "backend", "nn", "ops", "quantize", "revert"]
+__all__ = ["Weight4bit", "apply", "backend", "nn", "ops", "plan", "quantize", "revert"]
 
 warn_if_missing()
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _build, _machine, _native, ops
+from . import __version__, _build, machine, native, ops
 
 EXTRAS = ("bench", "test", "dev")
 _HERE = Path(__file__).parent
@@ -45,30 +45,30 @@ def doctor(as_json: bool = False) -> int:
 
 def diagnose() -> dict[str, Any]:
     """Everything `fastpeft doctor` knows."""
-    native = _native.cpu()
+    module = native.cpu()
     return {
         "fastpeft": __version__,
         "installed_in": str(_HERE),
         "build_id": _build.package_id(_HERE),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _machine.version("triton"),
+        "triton": machine.version("triton"),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _machine.cpu(),
+        "cpu": machine.cpu(),
         "threads": torch.get_num_threads(),
-        "gpus": _machine.gpus(),
-        "nvcc": _machine.nvcc_version(),
-        "cpu_module": native.__file__ if native else None,
-        "cpu_module_missing": _native.why_not_cpu(),
-        "cpu_module_isas": list(native.isas()) if native else [],
-        "cpu_module_isa": native.isa() if native else None,
-        "cuda_module": _native.cuda().__file__ if _native.cuda() else None,
-        "cuda_module_missing": _native.why_not_cuda(),
+        "gpus": machine.gpus(),
+        "nvcc": machine.nvcc_version(),
+        "cpu_module": module.__file__ if module else None,
+        "cpu_module_missing": native.why_not_cpu(),
+        "cpu_module_isas": list(module.isas()) if module else [],
+        "cpu_module_isa": module.isa() if module else None,
+        "cuda_module": native.cuda().__file__ if native.cuda() else None,
+        "cuda_module_missing": native.why_not_cuda(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FASTPEFT_")},
         "backends": ops.backends(),
         "extras_missing": {extra: _missing(extra) for extra in EXTRAS},
-        "broken": (native is None and _native.is_built("_cpu"))
-        or (_native.cuda() is None and _native.is_built("_cuda")),
+        "broken": (module is None and native.is_built("_cpu"))
+        or (native.cuda() is None and native.is_built("_cuda")),
     }
 
 
@@ -124,6 +124,6 @@ def _names(requirements: list[str]) -> str:
 
 def _missing(extra: str) -> list[str]:
     try:
-        return _machine.missing(extra)
+        return machine.missing(extra)
     except metadata.PackageNotFoundError:
         return ["fastpeft"]  # it runs from a clone that is not installed

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -30,8 +30,8 @@ _MAX_JSON = 1 << 16
 class Weight4bit:
     """A frozen [N, K] weight in 4 bits (QLoRA: Dettmers et al. 2023, section 3). Never changed in place.
 
-    Made by `fp.ops.quantize_4bit` or `from_state_dict`. shape: (N, K). dtype: of the weight that was quantised, and of
-    `dequantize()`. quant_type: "nf4" or "fp4". blocksize: weights that share a scale. The other fields are how it is stored.
+    Made by `fp.ops.quantize_4bit` or `from_state_dict`. shape: (N, K). dtype: of the weight that was quantised, and what
+    `dequantize()` gives by default; an op computes in x's. quant_type: "nf4" or "fp4". blocksize: weights that share a scale. The other fields are how it is stored.
     """
 
     data: torch.Tensor  # uint8 [(N·K + 1) // 2]
@@ -43,15 +43,6 @@ class Weight4bit:
     quant_type: str
     blocksize: int
     tiled: bool = False
-    pointers: list[tuple[int, ...]] = field(default_factory=list, init=False, repr=False)  # see ops/linear4bit_cpu.py
-
-    def __getstate__(self) -> list[Any]:
-        return [getattr(self, f.name) for f in fields(self) if f.init]  # a copy lies elsewhere
-
-    def __setstate__(self, state: list[Any]) -> None:
-        names = [f.name for f in fields(self) if f.init]
-        for name, value in zip((*names, "pointers"), (*state, []), strict=True):
-            object.__setattr__(self, name, value)
 
     # ---- as bitsandbytes has it ----
 
@@ -98,9 +89,7 @@ class Weight4bit:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[N, K]: codebook[code] · scale in float32, rounded once to `dtype` (None: the weight's own)."""
-        from .ops.linear4bit import dequantize
-
-        return dequantize(self, dtype or self.dtype)
+        return _decode(self, dtype or self.dtype)
 
     def to(self, target: torch.device | str | torch.dtype) -> Weight4bit:
         """On another device (on the CPU in tiles), or for x of another dtype: the stored bytes stay as they are."""
@@ -226,6 +215,15 @@ def join(
             about = (n, k), _DTYPE_LIST[dtype], QUANT_TYPES[quant_type], blocksize, bool(tiled)
             weights.append(Weight4bit(data, scales, nested, offset, *about))
     return weights
+
+
+_decode: Callable[[Weight4bit, torch.dtype], torch.Tensor] = reference.dense
+
+
+def set_decoder(decode: Callable[[Weight4bit, torch.dtype], torch.Tensor]) -> None:
+    """How `dequantize` makes a dense weight: fastpeft.backends says which of its kernels, when it is imported."""
+    global _decode
+    _decode = decode
 
 
 class _Checkpoint:

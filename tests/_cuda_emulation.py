@@ -18,7 +18,7 @@ BUILD = ROOT / "build" / "emulation"
 @functools.cache
 def module() -> ModuleType:
     """The module `_cuda`, with the interface of the real one; tensors stay on the CPU."""
-    sources = [ROOT / "csrc" / "bind_cuda.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    sources = sorted([*(ROOT / "csrc").glob("python/*cuda.cpp"), *(ROOT / "csrc").glob("cuda/*.cu")])
     headers = [*(ROOT / "csrc").rglob("*.h"), ROOT / "tests" / "cuda" / "emulate.h"]
     out = BUILD / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not out.exists() or out.stat().st_mtime < max(p.stat().st_mtime for p in (*sources, *headers)):
@@ -34,7 +34,7 @@ def module() -> ModuleType:
         flags += [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
         running = []
         for source in sources:
-            target = BUILD / f"{source.stem}.o"
+            target = BUILD / f"{source.name}.o"
             running.append((target, subprocess.Popen(["g++", *flags, "-x", "c++", "-c", source, "-o", target])))
         for _, process in running:
             assert process.wait() == 0, "csrc/cuda does not compile on the emulation"

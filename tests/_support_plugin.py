@@ -1,4 +1,4 @@
-"""Records which cells of the README's support table the tests of this run have verified.
+"""Records which cells of the support table (docs/support.md) the tests of this run have verified.
 
     @pytest.mark.verifies("lora_linear", "forward", "backward", backend="cpu", dtype="float32")
 
@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _support
 import pytest
 import torch
 
-from fastpeft import _machine, _support
+from fastpeft import machine
 
-# A change elsewhere (README, results) leaves a commit's verification valid.
+# A change elsewhere (docs, results) leaves a commit's verification valid.
 SOURCES = ("csrc", "fastpeft", "kernels", "tests", "setup.py")
 # Without a GPU: the kernels are compiled for it, and run by other means.
 NO_GPU = {
@@ -86,10 +87,10 @@ def cells(item: pytest.Item) -> Iterator[_support.Cell]:
             name, _, device = backend.partition("@")
             name, _, isa = name.partition("-")
             if torch.cuda.is_available() and (device or item.get_closest_marker("gpu")):
-                machine = torch.cuda.get_device_name()
+                where = torch.cuda.get_device_name()
             else:
-                machine = NO_GPU.get(name) or _machine.cpu_class()
-            yield _support.Cell(op, name, isa, str(dtype).removeprefix("torch."), feature, machine)
+                where = NO_GPU.get(name) or machine.cpu_class()
+            yield _support.Cell(op, name, isa, str(dtype).removeprefix("torch."), feature, where)
 
 
 def _as_list(value: Any) -> list[Any]:

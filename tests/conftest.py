@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastpeft
-from fastpeft import _native
+from fastpeft import native
 
 pytest_plugins = ["_support_plugin"]
 
@@ -22,8 +22,8 @@ if HAS_TRITON and not HAS_GPU:
 
 def cpu_levels() -> list[str]:
     """Instruction sets of the native CPU module that this machine runs."""
-    native = _native.cpu()
-    return list(native.isas()) if native else []
+    module = native.cpu()
+    return list(module.isas()) if module else []
 
 
 BACKENDS = ["torch", *(f"cpu-{level}" for level in cpu_levels())]
@@ -43,16 +43,16 @@ def backend(request):
         with torch.device(device), fastpeft.backend(name):
             yield request.param
         return
-    native = _native.cpu()
-    before = native.isa() if native else None
+    module = native.cpu()
+    before = module.isa() if module else None
     if level:
-        native.set_isa(level)
+        module.set_isa(level)
     try:
         with fastpeft.backend(name):
             yield request.param
     finally:
         if level:
-            native.set_isa(before)
+            module.set_isa(before)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft import _build, _native
+from fastpeft import _build, native
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,17 +51,17 @@ def test_package_id_is_the_stamp_or_the_clones_sources_or_none(tmp_path):
 
 
 def test_module_of_other_sources_is_refused(monkeypatch):
-    if _native.cpu() is None:
-        pytest.skip(_native.why_not_cpu())
-    monkeypatch.setattr(_native._build, "package_id", lambda package: "edited-sources")
+    if native.cpu() is None:
+        pytest.skip(native.why_not_cpu())
+    monkeypatch.setattr(native._build, "package_id", lambda package: "edited-sources")
     with pytest.raises(ImportError, match=r"edited-sources.*_cpu in .* different sources; run `pip install"):
-        _native._load.__wrapped__("_cpu")
+        native._load.__wrapped__("_cpu")
 
 
 def test_kernel_package_of_another_install_is_refused(monkeypatch):
-    monkeypatch.setattr(_native._build, "package_id", lambda package: package.name)
+    monkeypatch.setattr(native._build, "package_id", lambda package: package.name)
     with pytest.raises(ImportError, match="id fastpeft, but the package fastpeft_kernels in .* has fastpeft_kernels"):
-        _native._package.__wrapped__()
+        native._package.__wrapped__()
 
 
 def test_a_clone_beside_installed_kernels_of_other_sources_does_not_import(tmp_path):
@@ -88,8 +88,8 @@ def test_import_pulls_in_neither_peft_nor_transformers():
 
 PURE = """
 import torch, fastpeft as fp
-from fastpeft import _native, cli
-assert _native.cpu() is None and "pip install" in _native.why_not_cpu()
+from fastpeft import native, cli
+assert native.cpu() is None and "pip install" in native.why_not_cpu()
 x, w = torch.randn(3, 8), torch.randn(5, 8)
 a, b = torch.randn(2, 8, requires_grad=True), torch.randn(5, 2, requires_grad=True)
 y = fp.ops.lora_linear(x, w, a, b, scale=2.0)
@@ -121,15 +121,15 @@ def test_without_compiled_modules_everything_runs_on_torch_and_doctor_says_so(tm
 
 @pytest.fixture
 def clone(tmp_path):
-    """A copy of what setup.py reads, with one small kernel in place of csrc/."""
+    """A copy of what setup.py reads, with one small binding in place of csrc/."""
     for name in ("fastpeft", "kernels", "benches"):
         ignore = shutil.ignore_patterns("__pycache__", "*.so", "results")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "README.md").write_text("# fastpeft\n")
-    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
-    (tmp_path / "csrc" / "bind_cpu.cpp").write_text("#error this compiler fails\n")
+    (tmp_path / "csrc" / "python").mkdir(parents=True)
+    (tmp_path / "csrc" / "python" / "cpu.cpp").write_text("#error this compiler fails\n")
     return tmp_path
 
 
@@ -177,12 +177,12 @@ def test_pure_wheel_holds_python_benches_and_stamps(clone):
 @linux
 def test_instructions_stay_in_the_objects_of_their_set():
     """One AVX512 instruction in a file for every machine kills the process on an older one (SIGILL)."""
-    objects = list((ROOT / "build" / "native").glob("*/csrc/**/*.cpp.o"))
+    objects = list((ROOT / "build" / "native").glob("*/csrc/**/*.cpp*.o"))
     objdump = shutil.which("objdump")
     if not objects or objdump is None or platform.machine() != "x86_64":
         pytest.skip("needs x86-64, objdump, and the objects of an editable install in build/native")
     for path in objects:
-        isa = path.name.removesuffix(".cpp.o").rpartition("_")[2]
+        isa = path.stem.rpartition(".")[2]  # lora_linear.cpp.avx2.o; a file for every machine has none: dispatch.cpp.o
         code = run(objdump, "-d", "--no-show-raw-insn", str(path), cwd=ROOT).stdout
         assert "Disassembly" in code, path
         if not isa.startswith("avx512"):

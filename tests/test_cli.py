@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import fastpeft
-from fastpeft import _machine, _native, cli
+from fastpeft import machine, native, cli
 
 
 def test_doctor_names_what_this_machine_has(capsys):
@@ -27,17 +27,17 @@ def test_doctor_json_is_one_object_with_the_same_facts(capsys):
     assert found["backends"]["lora_linear"]["torch"] is None
     assert set(found["extras_missing"]) == {"bench", "test", "dev"}
     assert isinstance(found["cpu"]["amx"], bool)
-    native = _native.cpu()
-    if native:
-        assert found["cpu_module_isa"] in found["cpu_module_isas"] == list(native.isas())
+    module = native.cpu()
+    if module:
+        assert found["cpu_module_isa"] in found["cpu_module_isas"] == list(module.isas())
         assert found["backends"]["lora_linear"]["cpu"] is None
-        assert found["build_id"] == native.build_id
+        assert found["build_id"] == module.build_id
 
 
 def test_doctor_fails_for_a_module_that_is_there_and_does_not_load(monkeypatch, capsys):
-    monkeypatch.setattr(_native, "cpu", lambda: None)
-    monkeypatch.setattr(_native, "why_not_cpu", lambda: "the compiled module does not load here (no libgomp)")
-    monkeypatch.setattr(_native, "is_built", lambda name: True)
+    monkeypatch.setattr(native, "cpu", lambda: None)
+    monkeypatch.setattr(native, "why_not_cpu", lambda: "the compiled module does not load here (no libgomp)")
+    monkeypatch.setattr(native, "is_built", lambda name: True)
     assert cli.main(["doctor"]) == 1
     assert "BROKEN: the compiled module does not load here (no libgomp)" in capsys.readouterr().out
 
@@ -52,14 +52,14 @@ def test_bench_hands_its_arguments_to_the_suite(monkeypatch):
     seen = []
     suite = SimpleNamespace(main=lambda argv: seen.append(argv) or 3)
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: seen.append(name) or suite)
-    monkeypatch.setattr(cli._machine, "missing", lambda extra: [])
+    monkeypatch.setattr(cli.machine, "missing", lambda extra: [])
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert cli.main(["bench", "--suite", "lora", "--json"]) == 3
     assert seen == ["benches.cli", ["--suite", "lora", "--json"]] or seen[0] == "fastpeft._benches.cli"
 
 
 def test_bench_without_its_extra_says_which_pip_command(monkeypatch, capsys):
-    monkeypatch.setattr(cli._machine, "missing", lambda extra: ["peft<0.22,>=0.21", "gguf>=0.19"])
+    monkeypatch.setattr(cli.machine, "missing", lambda extra: ["peft<0.22,>=0.21", "gguf>=0.19"])
     assert cli.main(["bench"]) == 2
     error = capsys.readouterr().err
     assert "not installed: peft, gguf" in error
@@ -70,8 +70,8 @@ def test_missing_reads_the_extras_of_the_installed_package(monkeypatch):
     requires = ["torch", 'nowhere-a>=1; extra == "bench"', 'torch; extra == "bench"']
     requires += ['fastpeft[bench]; extra == "test"', 'nowhere_b; extra == "test"']
     monkeypatch.setattr(metadata, "requires", lambda package: requires)
-    assert _machine.missing("bench") == ["nowhere-a>=1"]
-    assert _machine.missing("test") == ["nowhere-a>=1", "nowhere_b"]
+    assert machine.missing("bench") == ["nowhere-a>=1"]
+    assert machine.missing("test") == ["nowhere-a>=1", "nowhere_b"]
 
 
 def test_version_and_unknown_command(capsys):

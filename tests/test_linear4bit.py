@@ -23,7 +23,7 @@ from test_lora_linear import EPS, GRADS, composition, in_double, problem, run
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft as fp
-from fastpeft import _native
+from fastpeft import native
 from fastpeft.ops import linear4bit, linear4bit_cpu, lora_linear, lora_linear_group, quantize_4bit
 from fastpeft.reference import linear4bit as reference
 from fastpeft.weight4bit import BLOCKSIZES
@@ -485,11 +485,11 @@ def test_nan_and_inf_propagate(backend, m):
     assert not torch.isfinite(linear4bit(x, weight)[0]).any()
 
 
-@pytest.mark.parametrize("isa", _native.cpu().isas() if _native.cpu() else [])
+@pytest.mark.parametrize("isa", native.cpu().isas() if native.cpu() else [])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_reads_nothing_outside(isa, double_quant):
     """Every tensor ends where memory ends."""
-    native, before = _native.cpu(), _native.cpu().isa()
+    native, before = native.cpu(), native.cpu().isa()
     native.set_isa(isa)
     memory = Memory()
     try:

@@ -10,7 +10,7 @@ import torch
 from _close import assert_close
 from _guarded import Memory
 
-from fastpeft import _native
+from fastpeft import native
 from fastpeft.ops import linear4bit_cuda, lora_linear_cuda
 from fastpeft.ops.linear4bit import quantize_4bit
 from fastpeft.reference import linear4bit as reference
@@ -26,7 +26,7 @@ def device(request, monkeypatch):
     if request.param == "cuda@cuda":
         return "cuda"
     module = _cuda_emulation.module()
-    monkeypatch.setattr(_native, "cuda", lambda: module)
+    monkeypatch.setattr(native, "cuda", lambda: module)
     return "cpu"
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from _close import assert_close
 from conftest import HAS_GPU, HAS_TRITON
 
-from fastpeft import _native
+from fastpeft import native
 from fastpeft.ops import quantize_4bit
 from fastpeft.reference import linear4bit as reference
 from fastpeft.reference import lora_linear as lora_reference
@@ -37,9 +37,9 @@ def device(request):
 
 @pytest.fixture
 def kernels():
-    launchers = _native.triton("linear4bit")
+    launchers = native.triton("linear4bit")
     if launchers is None:
-        pytest.skip(_native.why_not_triton("linear4bit"))
+        pytest.skip(native.why_not_triton("linear4bit"))
     return launchers
 
 

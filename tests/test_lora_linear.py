@@ -14,7 +14,9 @@ from _close import assert_close
 from conftest import BUT_INTERPRETED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastpeft as fp
 from fastpeft.ops import lora_linear, lora_linear_group
@@ -388,22 +390,32 @@ def test_group_with_an_unused_output(backend):
 @pytest.mark.parametrize("m", [3, 90])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_the_inference_lane_is_the_general_path(monkeypatch, dtype, m):
+def test_the_plain_inference_call_is_the_general_one(monkeypatch, dtype, m):
     inputs = {name: t.detach() for name, t in problem(m, 70, 45, 6, dtype, lead=(m // 3, 3)).items()}
     short = lora_linear(**inputs, scale=0.75)
     used = []
-    monkeypatch.setattr(sys.modules["fastpeft.ops.lora_linear"], "lean", lambda *args: used.append(args))
+    monkeypatch.setattr(sys.modules["fastpeft.ops.lora_linear"], "plain", lambda *args: used.append(args))
     assert torch.equal(short, lora_linear(**inputs, scale=0.75)) and used
+
+
+class Looking(TorchDispatchMode):
+    """A mode that changes nothing; `names`: the ops that it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 40, 100])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("case", ["all", "a frozen", "x frozen", "one output unused"])
-def test_the_training_lane_is_the_general_path(monkeypatch, dtype, m, p, case):
-    """Bit for bit: it calls the same kernels."""
-    if fp._native.cpu() is None:
-        pytest.skip("no native module")
+def test_seen_by_a_dispatch_mode(dtype, m, p, case):
+    """Functional passes and aten.mm or addmm, whatever M; the same results as a plain call, by the error rule."""
     generator = torch.Generator().manual_seed(m)
 
     def random(*shape, dtype=dtype):
@@ -414,23 +426,26 @@ def test_the_training_lane_is_the_general_path(monkeypatch, dtype, m, p, case):
     b = [random(20, 3), random(44, 8, dtype=torch.float32)]
     dys = [random(2, m, 20), random(2, m, 44)]
 
-    def results():
-        inputs = [t.clone().requires_grad_() for t in (x, *a, *b)]
+    def results(to=None):
+        cast = lambda t: t if t is None or to is None else t.to(to)  # noqa: E731
+        inputs = [cast(t).clone().requires_grad_() for t in (x, *a, *b)]
         for t in {"a frozen": inputs[1:2], "x frozen": inputs[:1]}.get(case, []):
             t.requires_grad_(False)
-        x_, a_, b_ = inputs[0], inputs[1:3], inputs[3:]
-        ys = lora_linear_group(x_, weights, a_, b_, scales=[0.5, 2], biases=biases, dropout_p=p, seed=5)
+        of = [[cast(t) for t in ts] for ts in (weights, biases, dys)]
+        ys = lora_linear_group(inputs[0], of[0], inputs[1:3], inputs[3:], scales=[0.5, 2], biases=of[1], dropout_p=p, seed=5)
         live = [1] if case == "one output unused" else [0, 1]
-        torch.autograd.backward([ys[i] for i in live], [dys[i] for i in live])
+        torch.autograd.backward([ys[i] for i in live], [of[2][i] for i in live])
         return [y.detach() for y in ys] + [t.grad for t in inputs]
 
-    short = results()
-    used = []
-    monkeypatch.setattr(sys.modules["fastpeft.ops.lora_linear"], "train", lambda *args: used.append(args))
-    for got, expected in zip(short, results(), strict=True):
-        assert (got is None) == (expected is None)
-        assert got is None or torch.equal(got, expected)
-    assert used
+    plain, exact = results(), results(torch.float64)
+    with Looking() as mode:
+        seen = results()
+    for got, one, true in zip(seen, plain, exact, strict=True):
+        assert (got is None) == (one is None) == (true is None)
+        if got is not None:
+            assert_close(got, one, true, eps=EPS[dtype])
+    assert {"fastpeft::lora_linear_down", "fastpeft::lora_linear_up", "aten::mm", "aten::addmm"} <= set(mode.names)
+    assert not {"fastpeft::lora_linear_up_", "aten::addmm_", "aten::mm.out", "aten::addmm.out"} & set(mode.names)
 
 
 # ---- dropout -------------------------------------------------------------------------------------
@@ -523,37 +538,39 @@ def test_ia3_scales(dtype):
 # ---- inside PyTorch ------------------------------------------------------------------------------
 
 
-def op_args(dtype=torch.float32):
-    x, weights, a, b, biases = group_problem(dtype)
-    detach = lambda ts: [None if t is None else t.detach() for t in ts]  # noqa: E731
-    scales = [torch.tensor(0.5), torch.rand(7), None]
-    return (
-        x.detach(),
-        weights,
-        detach(biases),
-        detach(a),
-        detach(b),
-        scales,
-        [None, None, torch.randn(15)],
-        [],
-        [],
-        0.25,
-        torch.tensor(3),
-        "",
-    )
-
-
 def test_opcheck():
-    args = op_args()
-    torch.library.opcheck(torch.ops.fastpeft.lora_linear.default, args)
-    ys, s = torch.ops.fastpeft.lora_linear(*args)
-    x, weights, _, a, b, scales, _, quants, forms, p, seed, _ = args
-    needs = [True, True, True, False, True, False, False, True, False, True]
-    dys = [torch.randn_like(ys[0]), torch.randn_like(ys[1]), torch.randn_like(ys[2])]
-    torch.library.opcheck(
-        torch.ops.fastpeft.lora_linear_backward.default,
-        (dys, x, s, weights, a, b, scales, quants, forms, p, seed, needs, ""),
-    )
+    ops = torch.ops.fastpeft
+    x, weights, a, b, _ = group_problem(torch.bfloat16)
+    rows, a, b = x.detach().view(-1, 36), [detached(t) for t in a], [detached(t) for t in b]
+    scales, seed = [torch.tensor(0.5), torch.rand(7), None], torch.tensor(3)
+    ys, lora_biases = [rows @ w.t() for w in weights], [None, None, torch.randn(15)]
+    s = ops.lora_linear_down(rows, a, 0.25, seed, "")
+    dys = [torch.randn_like(y) for y in ys]
+    dys[1] = None
+    t = torch.randn_like(s)
+    for op, args in (
+        (ops.lora_linear_down, (rows, a, 0.25, seed, "")),
+        (ops.lora_linear_up, (ys, s, b, scales, lora_biases, "")),
+        (ops.lora_linear_up_, (ys, s, b, scales, lora_biases, "")),
+        (ops.lora_linear_grad_up, (dys, s, b, scales, True, [True, True, False], [True, False, True], "")),
+        (ops.lora_linear_grad_up, (dys, s, b, scales, False, [False] * 3, [True] * 3, "")),
+        (ops.lora_linear_grad_down, (rows, rows, t, a, [True, False, True], [True] * 3, 0.25, seed, "")),
+        (ops.lora_linear_grad_down, (None, rows, t, a, [True] * 3, [False, True, False], 0.0, None, "")),
+    ):
+        torch.library.opcheck(op.default, args)
+
+
+def detached(t):
+    return None if t is None else t.detach()
+
+
+def test_flops_are_counted():
+    """What a composition of mm counts: the base twice in a step with a frozen weight, each rank-R product three times."""
+    m, k, n, r = 33, 64, 48, 8
+    inputs = problem(m, k, n, r, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        lora_linear(**inputs).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * m * k * n + 3 * 2 * m * r * (k + n)
 
 
 @pytest.mark.verifies("lora_linear", "compile")

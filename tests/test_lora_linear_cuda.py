@@ -15,7 +15,7 @@ from test_linear4bit import check_all as check_4bit
 from test_lora_linear import check_all, problem
 
 import fastpeft as fp
-from fastpeft import _native
+from fastpeft import native
 from fastpeft.ops import BACKENDS, lora_linear_cuda, lora_linear_gpu, lora_linear_group
 from fastpeft.ops._backend import Backend
 
@@ -39,7 +39,7 @@ def backend(request, monkeypatch):
             yield request.param
         return
     module = _cuda_emulation.module()
-    monkeypatch.setattr(_native, "cuda", lambda: module)
+    monkeypatch.setattr(native, "cuda", lambda: module)
     forward, backward = (
         partial(f, lambda: lora_linear_cuda) for f in (lora_linear_gpu.forward, lora_linear_gpu.backward)
     )

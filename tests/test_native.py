@@ -17,7 +17,7 @@ import pytest
 import torch
 from _guarded import Memory
 
-from fastpeft import _native
+from fastpeft import native
 
 native = _native.cpu()
 if native is None:
@@ -407,8 +407,8 @@ def test_set_isa_names_the_choices():
 def objects() -> dict[str, Path]:
     """The object file of each level that the last build here left behind, by level."""
     found = {}
-    for path in (Path(__file__).parent.parent / "build").rglob("lora_linear_*.o"):
-        level = path.name.removesuffix(".o").removesuffix(".cpp").rpartition("_")[2]
+    for path in (Path(__file__).parent.parent / "build").rglob("lora_linear.cpp.*.o"):
+        level = path.stem.rpartition(".")[2]
         if level not in found or path.stat().st_mtime > found[level].stat().st_mtime:
             found[level] = path
     return found

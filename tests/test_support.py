@@ -1,4 +1,4 @@
-"""The README's support table: what the plugin records, what the table says, and that README.md is up to date."""
+"""The support table: what the plugin records, what the table says, and that docs/support.md is up to date."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import _support
 import _support_plugin
 import pytest
-
-from fastpeft import _support
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
@@ -105,10 +104,10 @@ def test_table_has_a_row_per_backend_dtype_and_machine():
     )
 
 
-def test_readme_without_the_marks_is_refused():
+def test_a_page_without_the_marks_is_refused():
     with pytest.raises(ValueError, match="support:begin"):
         _support.rewrite("# no marks", {})
 
 
-def test_readme_table_is_up_to_date():
-    assert _support.main(["--check"]) == 0, "run: python -m fastpeft._support"
+def test_the_table_is_up_to_date():
+    assert _support.main(["--check"]) == 0, "run: python tests/_support.py"

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
-from . import cuda, plans
-from .plans import host
+from fastpeft import native
+from fastpeft.backends import plans
+from fastpeft.machine import cpu, cpu_flags, cpuinfo, version
 
-cpu, cpu_flags, cpuinfo, version = host.cpu, host.cpu_flags, host.cpuinfo, host.version
+from . import cuda
+
 SCHEMA = 2  # of a line in a results file
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 _PACKAGES = ("torch", "peft", "transformers", "numpy", "triton", "bitsandbytes", "kernels", "fastpeft")
@@ -65,14 +67,14 @@ def _git(*arguments: str) -> str | None:
 @functools.cache
 def describe(device: str = "cpu") -> dict[str, object]:
     """Machine, versions and commit, as every line of a results file carries them."""
-    native = plans.native.cpu()
+    module = native.cpu()
     machine: dict[str, object] = {
         "kind": plans.kind(),
         "cpu": cpu()["model"],
         "family": "/".join(cpuinfo().get(k, "?") for k in ("cpu family", "model", "stepping")),
         "isa": [flag for flag in _FLAGS if flag in cpu_flags()],
         "amx": cpu()["amx"],
-        "native_isa": None if native is None else str(native.isa()),
+        "native_isa": None if module is None else str(module.isa()),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "last_level_cache": last_level_cache(),

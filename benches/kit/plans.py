@@ -1,4 +1,4 @@
-"""Which plan runs: the one place of the benchmarks that names entries of fastpeft's plans and its native module."""
+"""Which plan runs: the one place of the benchmarks that names entries of fastpeft's plans."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import fastpeft as fp
-
-# INTEGRATION: the only place of the benchmarks that names fastpeft's modules. Until `_native` and `_machine` are renamed there
-# are no plans either; then the `except` branch is all that stays.
-try:
-    from fastpeft import _machine as host  # noqa: F401
-    from fastpeft import _native as native
-
-    plans = None
-except ImportError:
-    from fastpeft.backends import plans
-
-    from fastpeft import native
+from fastpeft import native
+from fastpeft.backends import plans
 
 MOST = 1 << 30
 Plan = Callable[[], AbstractContextManager]
@@ -26,16 +16,11 @@ Plan = Callable[[], AbstractContextManager]
 
 def kind() -> str:
     """Of this machine's CPU, as plans are keyed: "Z", "E", "A" or an instruction set."""
-    if plans is not None:
-        return plans.kind()
-    module = native.cpu()
-    return "unknown" if module is None else str(module.isa())
+    return plans.kind()
 
 
 def cpu_plans(m: int, dtype: str) -> dict[str, Plan]:
     """Our ways to run a dense layer of few rows: with the small kernel, and without it."""
-    if plans is None:
-        return {}
     full = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
     return {
         "plan small": lambda: plans.override("cpu", few_rows={full: m}),
@@ -51,17 +36,15 @@ def _gpu_4bit(backend: str, fused_to_m: int) -> Iterator[None]:
 
 def gpu_4bit_plans(m: int, forward: bool) -> dict[str, Plan]:
     """Our ways to run a 4-bit layer on a GPU; the small CUDA kernel takes few rows of a forward pass."""
-    if plans is None:
-        return {}
     found: dict[str, Plan] = {"plan small": lambda: _gpu_4bit("cuda", 0)} if forward and m <= 16 else {}
     found["plan fused"] = lambda: _gpu_4bit("triton", MOST)
     found["plan decode + GEMM"] = lambda: _gpu_4bit("triton", 0)
     return found
 
 
-def fused_to_m() -> int | None:
+def fused_to_m() -> int:
     """The row count up to which the fused GEMM of 4-bit weights runs now."""
-    return None if plans is None else plans.current.gpu["fused_to_m_4bit"]
+    return plans.current.gpu["fused_to_m_4bit"]
 
 
 @contextlib.contextmanager

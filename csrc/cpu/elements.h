@@ -31,3 +31,15 @@ struct f16 {
 };
 
 }  // namespace
+
+// A table's entry: the kernel for the compute dtype, a template argument.
+#define FASTPEFT_BY_DTYPE(kernel, args, dtype) \
+  switch (dtype) {                             \
+    case FLOAT32:                              \
+      return kernel<float>(args);              \
+    case BFLOAT16:                             \
+      return kernel<bf16>(args);               \
+    case FLOAT16:                              \
+      return kernel<f16>(args);                \
+  }                                            \
+  return BAD_DTYPE

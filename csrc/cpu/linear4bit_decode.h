@@ -1,7 +1,5 @@
 // Reading a 4-bit weight: scales, single rows, whole blocks of rows.
 #pragma once
-#include <omp.h>
-
 #include "../linear4bit.h"
 #include "tile.h"
 
@@ -121,48 +119,5 @@ struct Reader {
     }
   }
 };
-
-template <class T>
-int dequantize(const Linear4bitDequantize& d) {
-  constexpr int64_t PART = 512;  // columns of 16 rows at a time, in L1
-  const Reader reader(d.w);
-  const int64_t K = d.w.K, width = d.k1 - d.k0;
-  T* out = (T*)d.out.data;
-  if (width <= 0) return OK;
-  const int threads = d.threads > 1 && (double)(d.n1 - d.n0) * width > 1e5 ? d.threads : 1;
-  const int64_t scale_floats = reader.stores_scales() ? 0 : K / reader.step * ROWS4;
-  Workspace work;
-  if (!work.allocate(threads * Workspace::size(scale_floats))) return OUT_OF_MEMORY;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t group = d.n0 / ROWS4; group < blocks(d.n1, ROWS4); ++group) {
-    const int64_t n0 = group * ROWS4 > d.n0 ? group * ROWS4 : d.n0, n1 = smaller(d.n1, (group + 1) * ROWS4);
-    const bool tiled = (group + 1) * ROWS4 <= reader.tiled_rows && d.k0 % CODES4 == 0;
-    alignas(64) float part[ROWS4 * PART / CODES4];  // a row's dwords side by side; or a row of fp32
-    static_assert(ROWS4 / CODES4 >= 1, "it holds a row of fp32");
-    const float* scales =
-        tiled ? reader.group_scales(group, work.base + omp_get_thread_num() * Workspace::size(scale_floats)) : nullptr;
-    for (int64_t k = d.k0; k < d.k1; k += PART) {
-      const int64_t end = smaller(d.k1, k + PART);
-      if (tiled)
-        transpose(part, PART / CODES4, (const float*)(reader.tile(group) + k * ROWS4 / 2), ROWS4,
-                  blocks(end - k, CODES4), ROWS4);
-      for (int64_t n = n0; n < n1; ++n) {
-        T* to = out + (n - d.n0) * d.out.ld - d.k0;
-        if (!tiled) {
-          reader.row(part, n, k, end);
-          convert_row(to + k, part, end - k);
-          continue;
-        }
-        const uint8_t* bytes = (const uint8_t*)(part + n % ROWS4 * (PART / CODES4));
-        for (int64_t i = k; i < end;) {
-          const int64_t block = i / reader.step, count = smaller(end, (block + 1) * reader.step) - i;
-          reader.run(to + i, bytes, i - k, count, scales[block * ROWS4 + n % ROWS4]);
-          i += count;
-        }
-      }
-    }
-  }
-  return OK;
-}
 
 }  // namespace

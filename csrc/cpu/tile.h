@@ -1,9 +1,10 @@
 // What every native op is composed of: rows and tiles converted to fp32, one small GEMM on tiles that lie in L1, and
-// the dropout mask of a tile. Included after a vec_<isa>.h.
+// the dropout mask of a tile.
 #pragma once
 #include <stdlib.h>
 
 #include "../philox.h"
+#include "vec.h"
 
 namespace {
 
@@ -54,11 +55,6 @@ void row_to_float(float* dst, const void* src, int dtype, int64_t n) {
   if (dtype == fastpeft::FLOAT32) return convert_row(dst, (const float*)src, n);
   if (dtype == fastpeft::BFLOAT16) return convert_row(dst, (const bf16*)src, n);
   convert_row(dst, (const f16*)src, n);
-}
-void row_from_float(void* dst, int dtype, const float* src, int64_t n) {
-  if (dtype == fastpeft::FLOAT32) return convert_row((float*)dst, src, n);
-  if (dtype == fastpeft::BFLOAT16) return convert_row((bf16*)dst, src, n);
-  convert_row((f16*)dst, src, n);
 }
 
 // ---- tiles ----
@@ -303,6 +299,11 @@ struct Keep {
 };
 
 // ---- work ----
+
+// Below this many multiply-adds one thread is faster than waking the others.
+constexpr double PARALLEL_WORK = 2e5;
+
+int useful_threads(int threads, double work) { return threads > 1 && work > PARALLEL_WORK ? threads : 1; }
 
 // Part i of n units, cut into `parts` runs whose lengths differ by one at most.
 struct Part {

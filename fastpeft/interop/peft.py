@@ -196,7 +196,7 @@ def _swap_back(layers: Sequence[nn.Module]) -> None:
 
 
 def _forward(x: torch.Tensor, found: Terms) -> torch.Tensor:
-    weight, a, b, scale, bias, lora_bias = _arguments(found, x.dtype)
+    weight, a, b, scale, bias, lora_bias = _arguments(found)
     return ops.lora_linear(x, weight, a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=found.dropout_p)
 
 
@@ -205,7 +205,7 @@ def _forward_all(x: torch.Tensor, every: Sequence[Terms]) -> list[torch.Tensor]:
     dtype, packed = x.dtype, any(found.base is not None for found in every)
     if packed:
         dtype = every[0].dtype(x)  # all the same: `Group` asked
-    arguments = zip(*(_arguments(found, dtype) for found in every), strict=True)
+    arguments = zip(*(_arguments(found) for found in every), strict=True)
     weights, a, b, scales, biases, lora_biases = arguments
     with no_autocast(x, dtype) if packed else contextlib.nullcontext():
         return ops.lora_linear_group(
@@ -214,11 +214,9 @@ def _forward_all(x: torch.Tensor, every: Sequence[Terms]) -> list[torch.Tensor]:
         )  # fmt: skip
 
 
-def _arguments(found: Terms, dtype: torch.dtype) -> tuple[Any, ...]:
+def _arguments(found: Terms) -> tuple[Any, ...]:
     """weight, a, b, scale, bias, lora_bias for the op. Several adapters are one of rank ΣR, with a scale for each row."""
     weight = found.weight.t() if found.transposed else found.weight
-    if found.base is not None:
-        weight = found.base.weight_for(dtype)
     if len(found.adapters) == 1:
         (a, b, bias, scale) = found.adapters[0]
         return weight, a, b, scale, found.bias, None if bias is None else bias * scale

@@ -50,7 +50,6 @@ class Linear4bit(nn.Linear):
         self.merge_error: float | None = None  # of `requantize_`, while an adapter is merged
         self._origin: dict[str, Any] | None = None  # what a bitsandbytes layer was besides its tensors
         self._cached: Weight4bit | None = None
-        self._cast: tuple[Weight4bit, Weight4bit] | None = None
         self.form: Weight4bit  # shape, format and scales, without the bytes
         self._hold(weight)
         self.register_parameter("bias", _bias(bias, weight.shape[0]))
@@ -133,15 +132,6 @@ class Linear4bit(nn.Linear):
             self._cached = found
         return found
 
-    def weight_for(self, dtype: torch.dtype) -> Weight4bit:
-        """`weight4bit.to(dtype)`: for x of that dtype, the same object from call to call."""
-        weight, cast = self.weight4bit, self._cast
-        if weight.dtype == dtype or torch.compiler.is_compiling():
-            return weight.to(dtype)
-        if cast is None or cast[0] is not weight or cast[1].dtype != dtype:
-            cast = self._cast = (weight, weight.to(dtype))
-        return cast[1]
-
     def dequantize(self) -> torch.Tensor:
         """[N, K], of the dtype that was quantised. (PEFT's DoRA finds this method by `W_q`.)"""
         return self.weight4bit.dequantize()
@@ -196,7 +186,7 @@ class Linear4bit(nn.Linear):
         else:
             self.weight.data = data
         self.form = replace(weight, data=data.new_empty(0))  # without the bytes: fully_shard must be able to free them
-        self._cached = self._cast = None
+        self._cached = None
 
     # ---- the call ---------------------------------------------------------------------------------------------------
 
@@ -204,7 +194,7 @@ class Linear4bit(nn.Linear):
         """x [..., K], floating -> [..., N], x's dtype. Raises TypeError for another x."""
         dtype = self.dtype_for(x)
         with no_autocast(x, dtype):
-            return ops.linear4bit(x.to(dtype), self.weight_for(dtype), self.bias).to(x.dtype)
+            return ops.linear4bit(x.to(dtype), self.weight4bit, self.bias).to(x.dtype)
 
     def dtype_for(self, x: torch.Tensor) -> torch.dtype:
         """What this x is computed in."""
@@ -235,13 +225,13 @@ class Linear4bit(nn.Linear):
 
         super()._apply(move, recurse)
         self.form = _map(self.form, lambda t: move(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape))
-        self._cached = self._cast = None
+        self._cached = None
         if not _sharded(self.weight) and self._tile:
             self._hold(self._laid_out(self.weight4bit))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cached": None, "_cast": None}
+        return self.__dict__ | {"_cached": None}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         weight, key = self.weight, prefix + "weight"

@@ -65,7 +65,7 @@ class LoraLinear(nn.Module):
         if isinstance(self.base, Linear4bit):
             dtype = self.base.dtype_for(x)
             with no_autocast(x, dtype):
-                return self._forward(x.to(dtype), self.base.weight_for(dtype)).to(x.dtype)
+                return self._forward(x.to(dtype), self.base.weight4bit).to(x.dtype)
         return self._forward(x, self.base.weight)
 
     def _forward(self, x: torch.Tensor, weight: torch.Tensor | Weight4bit) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ._base import BACKENDS
 from .linear4bit import linear4bit, quantize_4bit
 from .lora_linear import lora_linear, lora_linear_group
-from .lora_linear_op import BACKENDS
 
 __all__ = ["backends", "linear4bit", "lora_linear", "lora_linear_group", "quantize_4bit"]
 
@@ -15,4 +15,4 @@ def backends() -> dict[str, dict[str, str | None]]:
 
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         x, a, b = torch.empty(1, 16, dtype=torch.bfloat16), torch.empty(1, 16), torch.empty(16, 1)
-    return {"lora_linear": {name: backend.can((x, [a], [b], [x])) for name, backend in BACKENDS.items()}}
+    return {"lora_linear": {name: backend.can((x, [a], [b])) for name, backend in BACKENDS.items()}}

@@ -1,21 +1,19 @@
 """linear4bit: a frozen linear layer whose weight is stored in 4 bits, y = x Wᵀ + bias; quantize_4bit makes the weight.
 
-A 4-bit base is one more kind of weight of `lora_linear`: the call goes its way (`lora_linear_op.py`), without an adapter. The
-kernels: `linear4bit_cpu.py` and `csrc/cpu/linear4bit_kernels.h`, or `reference/linear4bit.py`.
+A 4-bit base is one more kind of weight of `lora_linear`: the call goes its way (`ops/lora_linear.py`), without an adapter. The
+kernels: `backends/<device>/linear4bit.py`, or `reference/linear4bit.py`.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 
-from .. import _native
+from ..backends.choice import allows
 from ..reference import linear4bit as reference
 from ..weight4bit import BLOCKSIZES, QUANT_TYPES, Weight4bit
-from . import _check, linear4bit_cpu, linear4bit_gpu, lora_linear_cuda
-from ._backend import forced
-from .linear4bit_lean import lean
-from .lora_linear import run
-from .lora_linear_check import Call
+from . import _check
+from .lora_linear import plain, run
 
 
 def quantize_4bit(
@@ -57,12 +55,11 @@ def linear4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None = 
     """A frozen linear layer over a 4-bit weight: y = x Wᵀ + bias, forward and the gradients of x and bias.
 
     Args:
-        x: [..., K], of weight.dtype (under autocast any); any strides.
-        weight: [N, K]; `weight.to(dtype)` serves x of another dtype, with the same stored bytes.
-        bias: [N], any floating dtype, or None.
+        x: [..., K], float32, bfloat16 or float16 (float64 runs on the torch backend), whatever was quantised; any strides.
+        weight: [N, K]. bias: [N], any floating dtype, or None.
 
     Returns:
-        y [..., N], x's dtype.
+        y [..., N], x's dtype, which may be changed in place.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
@@ -70,24 +67,9 @@ def linear4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None = 
     """
     if not isinstance(weight, Weight4bit):
         _check.bad_type("linear4bit", "weight", "an fp.Weight4bit (see quantize_4bit)", weight)
-    if not torch.is_grad_enabled():
-        y = lean(x, weight, None, None, 1.0, bias, None)
+    if not is_compiling() and allows("cpu"):
+        y = plain(x, weight, None, None, 1.0, bias, None)
         if y is not None:
             return y
-    call = Call(x, (weight,), (bias,), (None,), (None,), (1.0,), (None,), 0.0, None)
-    return run("linear4bit", call)[0]
-
-
-def dequantize(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
-    """[N, K] of `dtype`, on the weight's device."""
-    if weight.device.type == "cpu" and dtype in _native.CODES and forced() in ("", "cpu") and _native.cpu():
-        out = torch.empty(weight.shape, dtype=dtype, device="cpu")
-        n, k = weight.shape
-        return linear4bit_cpu.dequantize(weight, out, slice(0, n), slice(0, k))
-    if weight.device.type == "cuda" and dtype in _native.CODES:
-        kernels = lora_linear_cuda if forced() in ("", "cuda") and _native.cuda() else None
-        if kernels is None and forced() in ("", "triton"):
-            kernels = _native.triton("linear4bit")
-        if kernels is not None:
-            return linear4bit_gpu.dense(kernels, weight.untile(), dtype)
-    return reference.dense(weight, dtype)
+    none = (None,)
+    return run("linear4bit", x, ((weight,), (bias,), none, none, none, none), 0.0, None)[0]

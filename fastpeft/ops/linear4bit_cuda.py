@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import _native
-from .._native import CODES
+from .. import native
+from ..native import CODES
 from ..weight4bit import QUANT_TYPES, Weight4bit
 from .lora_linear_cpu import _ptr, _stride
 from .lora_linear_cuda import _call, _matrix
@@ -48,7 +48,7 @@ def small(x, weight: Weight4bit, bias, lora_bias, s, b, span, scale) -> torch.Te
 
 def is_fast(x, weight: Weight4bit) -> bool:
     """Whether `small` runs at the rate of memory: K % 64 == 0, blocks of 64 or more, rows that start at 16 bytes."""
-    return _native.cuda().linear4bit_small_is_fast(_weight(weight), _matrix(x))
+    return native.cuda().linear4bit_small_is_fast(_weight(weight), _matrix(x))
 
 
 def _weight(w: Weight4bit) -> tuple[int, ...]:

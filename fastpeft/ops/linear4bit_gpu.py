@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .. import _native
+from .. import native
 from ..weight4bit import Weight4bit
 from . import linear4bit_cuda, lora_linear_cuda
 
@@ -51,7 +51,7 @@ def dense(kernels, weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if kernels is lora_linear_cuda:
         return linear4bit_cuda.dequantize(weight, out)
-    _native.triton("linear4bit").dequantize(weight, out)
+    native.triton("linear4bit").dequantize(weight, out)
     return out
 
 
@@ -59,4 +59,4 @@ def _triton(kernels, x):
     """The Triton kernels of 4-bit weights, where they can run beside `kernels`."""
     if kernels is lora_linear_cuda and not x.is_cuda:  # in emulation
         return None
-    return _native.triton("linear4bit")
+    return native.triton("linear4bit")

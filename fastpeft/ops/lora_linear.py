@@ -2,29 +2,36 @@
 
     y = out_scale · ((x·in_scale) Wᵀ + scale·(drop(x) Aᵀ) Bᵀ + lora_bias) + bias
 
-Here: the public functions and the way to the registered op in `lora_linear_op.py` (schema, fake, autograd, the table of
-backends), past the checks in `lora_linear_check.py`. Then: `lora_linear_cpu.py` and `csrc/cpu/lora_linear_kernels.h`, or
-`reference/lora_linear.py`. The usual calls take short ways with the same results: inference
-(`lora_linear_lean.py`) and training (`lora_linear_train.py`).
+Top-down: the public functions; the way to the op; `forward` and `backward` over the passes of a backend
+(`backends/<device>/lora_linear.py`, `reference/lora_linear.py`, or registered: `_base.py`); the autograd.Function around them.
+Everything is a group of projections that read one x; a single layer is a group of one. Lists have an entry a projection.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
+from .. import native
+from ..backends import base
+from ..backends.choice import allows, choose, forced
+from ..backends.cpu import lora_linear as cpu
 from ..reference import lora_linear as reference
-from ..weight4bit import Weight4bit
+from ..weight4bit import Weight4bit, join, split
 from . import _check
-from ._backend import forced
-from ._library import plain_call
-from .linear4bit_lean import lean as lean_4bit
-from .lora_linear_check import Call, Optionals, Weights, check, seed_tensor
-from .lora_linear_lean import constant, lean
-from .lora_linear_op import apply
-from .lora_linear_train import train
+from ._base import BACKENDS, Compiled, Seen
+from ._op import plain_call, transformed
+
+Weights = Sequence[torch.Tensor | Weight4bit]
+Optionals = Sequence[torch.Tensor | None]
+
+_module = native.cpu()
+plain = _module.lora_linear_plain if _module else lambda *call: None  # a plain inference call of few rows, or None
+_fits = _module.lora_linear_fits if _module else lambda *call: -1  # whether the passes take all as it is, see there
 
 
 def lora_linear(
@@ -45,40 +52,32 @@ def lora_linear(
 
     Args:
         x: [..., K], float32, bfloat16 or float16 (float64 runs on the torch backend); any strides.
-        weight: [N, K], frozen, x's dtype (under autocast any), any strides; or an fp.Weight4bit (QLoRA).
+        weight: [N, K], frozen, x's dtype (under autocast any), any strides; or an fp.Weight4bit (QLoRA), which is
+            computed with in x's dtype.
         a, b: [R, K] and [N, R], any floating dtype: fp32 masters under bf16 compute are rounded inside the kernel and
             get fp32 gradients. Both None: the base alone.
         scale: a number, or a tensor [] or [R] (several adapters stacked along R are one call).
         bias, lora_bias: [N]; `lora_bias` enters unscaled (for PEFT pass scaling·bias).
         dropout_p: probability in [0, 1] that an element of x is dropped before `a`; the others are scaled by 1/(1-p).
         seed: int, or int64 tensor [], that fixes the mask (Philox4x32-10); None draws one from PyTorch's generator.
-        in_scale, out_scale: [K], [N]: (IA)³ and DoRA. They, and a `scale` that requires grad, run the torch definition.
+        in_scale, out_scale: [K], [N]: (IA)³ and DoRA. They, a `scale` that requires grad, and torch.func's transforms run
+            the torch definition.
 
     Returns:
-        y [..., N], contiguous, x's dtype. Gradients flow to x, a, b, bias and lora_bias (and the scales).
+        y [..., N], contiguous, x's dtype, which may be changed in place. Gradients flow to x, a, b, bias and lora_bias
+        (and the scales).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, shape, dtype or device; a weight that requires grad.
+        TypeError, ValueError: an argument of the wrong type, rank, shape, dtype or device; where gradients are on, a weight
+            that requires grad.
         RuntimeError: a forced backend cannot run this call (the message says why).
     """
-    special = in_scale is not None or out_scale is not None or dropout_p == 1.0
-    special = special or (type(scale) is not float and _wants_grad(scale))  # (a call is 0.2 µs)
-    if not special:
-        if torch.is_grad_enabled():
-            ys = train("lora_linear", x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
-            if ys is not None:
-                return ys[0]
-        elif dropout_p == 0.0:
-            if isinstance(weight, Weight4bit):
-                y = lean_4bit(x, weight, a, b, scale, bias, lora_bias)
-            else:
-                y = lean(x, weight, a, b, scale, bias, lora_bias)
-            if y is not None:
-                return y
-    call = Call(x, (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,), dropout_p, seed)
-    if special:
-        return _by_definition("lora_linear", call, in_scale, out_scale)[0]
-    return run("lora_linear", call)[0]
+    if dropout_p == 0.0 and in_scale is None and out_scale is None and not is_compiling() and allows("cpu"):
+        y = plain(x, weight, a, b, scale, bias, lora_bias)
+        if y is not None:
+            return y
+    lists = (weight,), (bias,), (a,), (b,), (scale,), (lora_bias,)
+    return run("lora_linear", x, lists, dropout_p, seed, in_scale, out_scale)[0]
 
 
 def lora_linear_group(
@@ -108,81 +107,229 @@ def lora_linear_group(
     """
     n = len(weights)
     none = (None,) * n
-    call = Call(x, weights, biases or none, a, b, scales, lora_biases or none, dropout_p, seed)
-    for name, given in zip(
-        ("a", "b", "scales", "biases", "lora_biases"), (a, b, scales, call.biases, call.lora_biases)
-    ):
+    lists = {"weights": weights, "biases": biases or none, "a": a, "b": b, "scales": scales, "lora_biases": lora_biases or none}
+    for name, given in lists.items():
         if len(given) != n or n == 0:
-            _check.bad_value(
-                "lora_linear_group", name, f"as long as weights, at least one (weights has {n})", len(given)
-            )
-    if dropout_p == 1.0 or any(map(_wants_grad, scales)):
-        return _by_definition("lora_linear_group", call)
-    ys = train("lora_linear_group", x, weights, call.biases, a, b, scales, call.lora_biases, dropout_p, seed)
-    if ys is not None:
-        return list(ys)
-    return run("lora_linear_group", call)
+            expected = f"as long as weights, at least one (weights has {n})"
+            _check.bad_value("lora_linear_group", "a" if n == 0 else name, expected, len(given))
+    return list(run("lora_linear_group", x, tuple(map(tuple, lists.values())), dropout_p, seed))
 
 
-# ---- from the public call to the registered op ---------------------------------------------------
+# ---- from the public call to forward ---------------------------------------------------------------------------------
 
 
-def run(op: str, call: Call) -> list[torch.Tensor]:
-    call = _autocast(call)
-    check(op, call)
-    x, adapters = call.x, zip(call.a, call.scales)
-    plain = plain_call(x)
-    scales = [None if a is None else _scale(scale, x, plain) for a, scale in adapters]
-    seed = seed_tensor(op, call.seed, call.x.device) if call.dropout_p else None
-    return apply(x, (call.weights, call.biases, call.a, call.b, scales, call.lora_biases), call.dropout_p, seed, plain)
+def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[torch.Tensor]:
+    """-> [y_i]. lists: weights, biases, a, b, scales, lora_biases, tuples."""
+    plain, needs_grad = plain_call(x), -1
+    if plain and 0.0 <= p < 1.0 and in_scale is None and out_scale is None:
+        needs_grad = _fits(x, *lists)
+    fits = needs_grad >= 0
+    if not fits:
+        x, lists = _autocast(x, lists)
+        _check.call(op, x, lists, p)
+        scales = [s for s in (in_scale, out_scale, *lists[4]) if isinstance(s, torch.Tensor)]
+        if in_scale is not None or out_scale is not None or p == 1.0 or any(s.requires_grad for s in scales) or transformed():
+            return _by_definition(op, x, lists, p, seed, in_scale, out_scale)
+        lists = _as_kernels_read(x, lists)
+        tensors = [t for ts in lists for t in ts if isinstance(t, torch.Tensor)]
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
+    weights, biases, a, b, scales, lora_biases = lists
+    scales = tuple(None if a_i is None else _scale(scale, x, plain) for a_i, scale in zip(a, scales))
+    seed = _check.seed_tensor(op, seed, x.device) if p else None
+    passes: Any = forced()
+    if plain:
+        passes = cpu if fits and x.is_cpu and allows("cpu") else choose("lora_linear", BACKENDS, (x, a, b), passes)
+    if needs_grad:
+        tensors, quants, forms = split(weights)
+        return LoraLinear.apply(passes, forms, p, x, seed, *tensors, *biases, *a, *b, *scales, *lora_biases, *quants)
+    return forward(_passes(passes), x, weights, biases, a, b, scales, lora_biases, p, seed)[0]
 
 
-def _autocast(call: Call) -> Call:
+def _passes(of: Any) -> Any:
+    """A plain call has a backend's passes already; else `of` is the name of the forced backend, or ""."""
+    if isinstance(of, str):
+        return Compiled(of) if is_compiling() else Seen(of)
+    return of
+
+
+def _autocast(x, lists):
     """Under autocast everything computes in its dtype, as `torch.nn.functional.linear` does."""
-    x = call.x
     if not isinstance(x, torch.Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return call
+        return x, lists
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t: Any) -> Any:
-        if isinstance(t, Weight4bit):
-            return t.to(dtype)
         narrow = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
         return t.to(dtype) if narrow else t
 
-    return call._replace(x=cast(x), weights=[cast(w) for w in call.weights])
+    return cast(x), (tuple(map(cast, lists[0])), *lists[1:])
 
 
-def _wants_grad(scale: Any) -> bool:
-    return isinstance(scale, torch.Tensor) and scale.requires_grad
+def _as_kernels_read(x, lists):
+    """Nothing lazily negated, adapters and biases contiguous, a float64 bias beside a narrower x in float32."""
+
+    def of(t: Any, contiguous: bool = True, narrow: bool = False) -> Any:
+        if not isinstance(t, torch.Tensor):
+            return t
+        t = t.resolve_neg()
+        if narrow and t.dtype == torch.float64 != x.dtype:
+            t = t.float()
+        return t.contiguous() if contiguous else t
+
+    weights, biases, a, b, scales, lora_biases = lists
+    return (
+        tuple(of(t, contiguous=False) for t in weights),
+        tuple(of(t, narrow=True) for t in biases),
+        *(tuple(map(of, ts)) for ts in (a, b, scales)),
+        tuple(of(t, narrow=True) for t in lora_biases),
+    )
 
 
 def _scale(scale: Any, x: torch.Tensor, plain: bool) -> torch.Tensor:
     """[] or [R], float32 (float64 with x), on x's device: as a tensor it can change without recompiling."""
-    wide = torch.promote_types(x.dtype, torch.float32)
     if isinstance(scale, torch.Tensor):
-        return scale.to(wide).contiguous()
-    if plain and x.is_cpu and wide is torch.float32:
-        return constant(scale)
-    return torch.full((), scale, dtype=wide, device=x.device)
+        return scale.to(torch.promote_types(x.dtype, torch.float32))
+    if plain and x.is_cpu and x.dtype != torch.float64:
+        return _constant(scale)
+    return torch.full((), scale, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
-def _by_definition(op: str, call: Call, in_scale: Any = None, out_scale: Any = None) -> list[torch.Tensor]:
-    """What only the definition under autograd does: (IA)³ scales, a trained `scale`, dropout of everything."""
-    if forced() not in ("", "torch"):
+@functools.lru_cache(maxsize=1024)
+def _constant(value: float) -> torch.Tensor:
+    """A number as a float32 CPU tensor, made once."""
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=torch.float32, device="cpu")
+
+
+def _by_definition(op: str, x, lists, p, seed, in_scale, out_scale) -> list[torch.Tensor]:
+    """What only the definition under autograd does: (IA)³ scales, a trained `scale`, dropout of everything, torch.func."""
+    if not allows("torch"):
         raise RuntimeError(
-            f"{op}: backend {forced()!r} was forced, but a scale that requires grad, "
-            "dropout_p = 1, in_scale and out_scale run only on the torch backend"
+            f"{op}: backend {forced()!r} was forced, but a scale that requires grad, dropout_p = 1, in_scale and out_scale, "
+            "and torch.func's transforms run only on the torch backend"
         )
-    call = _autocast(call)
-    check(op, call)
-    _check.vector(op, "in_scale", in_scale, call.x.shape[-1], "K", call.x)
-    _check.vector(op, "out_scale", out_scale, call.weights[0].shape[0], "N", call.x)
-    seed = seed_tensor(op, call.seed, call.x.device) if call.dropout_p else None
+    _check.vector(op, "in_scale", in_scale, x.shape[-1], "K", x)
+    _check.vector(op, "out_scale", out_scale, lists[0][0].shape[0], "N", x)
+    seed = _check.seed_tensor(op, seed, x.device) if p else None
     return [
         reference.lora_linear(
-            call.x, weight, call.a[i], call.b[i], scale=call.scales[i], bias=call.biases[i], lora_bias=call.lora_biases[i],
-            dropout_p=call.dropout_p, seed=seed, in_scale=in_scale, out_scale=out_scale, projection=i,
+            x, base.dense(weight, x.dtype), a, b, scale=scale, bias=bias, lora_bias=lora_bias, dropout_p=p, seed=seed,
+            in_scale=in_scale, out_scale=out_scale, projection=i,
         )
-        for i, weight in enumerate(call.weights)
+        for i, (weight, bias, a, b, scale, lora_bias) in enumerate(zip(*lists))
     ]  # fmt: skip
+
+
+# ---- forward and backward over the passes of any backend -------------------------------------------------------------
+
+
+def forward(passes, x, weights, biases, a, b, scales, lora_biases, p, seed):
+    """-> [y_i [..., N_i]], s [M, ΣR]: the rank-R activations that backward reads."""
+    found = passes.fused(x, weights, biases, a, b, scales, lora_biases, p, seed)
+    if found is not None:
+        return found
+    rows = base.rows(x)
+    s = passes.down(rows, a, p, seed)
+    ys = passes.up(base.project(passes, rows, weights, biases), s, b, scales, lora_biases)
+    return [base.shaped(y, x) for y in ys], s
+
+
+def backward(passes, dys, x, s, weights, a, b, scales, p, seed, needs_x, needs_a, needs_b, needs_bias):
+    """-> dx, [dA_i], [dB_i], [dbias_i], None where not needed. x may be None if no A needs a gradient; dy_i may be None.
+
+    t = dy (scale·B);  dB = scale·dyᵀ s;  dbias = Σ_m dy;  dx = dy W + drop'(t A);  dA = tᵀ drop(x)
+    """
+    live = [dy is not None for dy in dys]
+    shape = next(dy.shape[:-1] for dy in dys if dy is not None)
+    dys = [None if dy is None else base.rows(dy) for dy in dys]
+    wants_t = s.shape[1] > 0 and (needs_x or any(needs_a))
+    t, dbs, dbiases = passes.grad_up(dys, s, b, scales, wants_t, needs_b, needs_bias)
+    das, dx, whole = [None] * len(a), None, None  # whole: dx with its rank-R term, where the base GEMM takes that
+    if needs_x:
+        whole = passes.fused_dx(dys, weights, t, a, live, p, seed)
+        if whole is None:
+            dx = base.combine(passes, *zip(*((dy, w) for dy, w in zip(dys, weights) if dy is not None)))
+    if wants_t:
+        rows = base.rows(x) if any(needs_a) else None
+        dx, das = passes.grad_down(dx, rows, t, a, live, needs_a, p, seed)
+    dx = dx if whole is None else whole
+    if dx is not None and len(shape) != 1:
+        dx = dx.view(*shape, dx.shape[1])
+    return dx, das, dbs, dbiases
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+class LoraLinear(torch.autograd.Function):
+    """apply(passes, forms, p, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases, *quants) -> ys
+
+    Flat, for autograd looks into no list. A 4-bit weight goes as its bytes among the weights, its scales in `quants` (three
+    each) and the rest as ints in `forms`. passes: see `_passes`.
+    """
+
+    @staticmethod
+    def forward(ctx, passes, forms, p, x, seed, *flat):
+        weights, biases, a, b, scales, lora_biases, quants = _by_kind(flat, forms)
+        of = join(weights, quants, forms)
+        ys, s = forward(_passes(passes), x, of, biases, a, b, scales, lora_biases, p, seed)
+        needs = _by_kind(ctx.needs_input_grad[5:], forms)
+        ctx.set_materialize_grads(False)
+        ctx.call = passes, forms, p, ctx.needs_input_grad[3], needs
+        # without an A to train x is not read again (LoRA-FA, BitFit)
+        ctx.save_for_backward(x if any(needs[2]) else None, s, seed, *weights, *a, *b, *scales, *quants)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        saved = ctx.saved_tensors  # checkpointing lets them be unpacked once only
+        if not torch.is_grad_enabled():
+            return _gradients(ctx.call, saved, dys)
+        with torch.no_grad():
+            out = _gradients(ctx.call, saved, dys)
+        if not is_compiling():  # create_graph=True
+            sources = [t for t in (*saved, *dys) if t is not None and t.requires_grad]
+            out = tuple(None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out)
+        return out
+
+
+def _by_kind(flat, forms):
+    """(*weights, *biases, ..., *lora_biases, *quants) -> those seven"""
+    n = len(flat) // (9 if forms else 6)
+    return *(flat[i : i + n] for i in range(0, 6 * n, n)), flat[6 * n :]
+
+
+def _gradients(call, saved, dys):
+    passes, forms, p, needs_x, needs = call
+    x, s, seed, *flat = saved
+    n = len(dys)
+    weights, a, b, scales = (flat[i : i + n] for i in range(0, 4 * n, n))
+    _, wants_bias, wants_a, wants_b, _, wants_lora_bias, quants = needs
+    dx, none = None, (None,) * n
+    das, dbs, dbiases = none, none, none
+    if any(dy is not None for dy in dys):
+        if not isinstance(passes, str) and not all(dy is None or plain_call(dy) for dy in dys):
+            passes = forced()
+        dx, das, dbs, dbiases = backward(
+            _passes(passes), dys, x, s, join(weights, flat[4 * n :], forms), a, b, scales, p, seed, needs_x, wants_a,
+            wants_b, [one or two for one, two in zip(wants_bias, wants_lora_bias)],
+        )  # fmt: skip
+    dbias, dlora_bias = (
+        [g if want else None for g, want in zip(dbiases, wants)] for wants in (wants_bias, wants_lora_bias)
+    )
+    return None, None, None, dx, None, *none, *dbias, *das, *dbs, *none, *dlora_bias, *(None for _ in quants)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """apply(grad, *sources) -> grad, which says so when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx, grad, *sources):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "lora_linear has no second derivative; for one (a gradient penalty, say) compute the layer with plain PyTorch: "
+            "fastpeft.reference.lora_linear"
+        )

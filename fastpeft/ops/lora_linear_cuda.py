@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _native
-from .._native import CODES
+from .. import native
+from ..native import CODES
 from .lora_linear_cpu import _ptr, _stride
 
 BLOCK_M, BLOCK_K, BLOCK_C = 64, 64, 128  # as in csrc/cuda/lora_linear.cu
@@ -97,7 +97,7 @@ def grad_down(x, t, das, spans, p, seed):
 
 def _chunks(tensors, spans):
     """At most as many projections at a time as a launch takes."""
-    most = _native.cuda().max_projections
+    most = native.cuda().max_projections
     return [(tensors[i : i + most], spans[i : i + most]) for i in range(0, len(spans), most)]
 
 
@@ -157,7 +157,7 @@ def _sum_columns(parts, out, columns):
 
 def _call(name, x, *args):
     with torch.cuda.device_of(x):
-        status = getattr(_native.cuda(), name)(*args, _stream(x))
+        status = getattr(native.cuda(), name)(*args, _stream(x))
     if status:
         raise RuntimeError(f"{name}: CUDA error {status} at {[a for a in args if isinstance(a, int)]}")
 

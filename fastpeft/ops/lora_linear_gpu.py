@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .. import _native
+from .. import native
 from ..reference.lora_linear import leading_shape
 from ..weight4bit import Weight4bit
 from . import linear4bit_gpu, lora_linear_cpu, lora_linear_cuda
@@ -29,8 +29,8 @@ def can_cuda(meta) -> str | None:
     x = meta[0]
     if not x.is_cuda:
         return f"tensors are on {x.device}"
-    if _native.cuda() is None:
-        return _native.why_not_cuda()
+    if native.cuda() is None:
+        return native.why_not_cuda()
     if x.dtype == torch.float32:
         return "x is torch.float32: it takes bfloat16 and float16"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -42,8 +42,8 @@ def can_triton(meta) -> str | None:
     x, a, _, _ = meta
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors are on {x.device}"
-    if _native.triton("lora_linear") is None:
-        return _native.why_not_triton("lora_linear")
+    if native.triton("lora_linear") is None:
+        return native.why_not_triton("lora_linear")
     if len({t.dtype for t in a if t is not None}) > 1:
         return "the a of a group differ in dtype"
     return lora_linear_cpu.unfit(meta)
@@ -54,7 +54,7 @@ def cuda_passes():
 
 
 def triton_passes():
-    return _native.triton("lora_linear")
+    return native.triton("lora_linear")
 
 
 def forward(passes, x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):

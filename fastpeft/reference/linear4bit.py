@@ -129,9 +129,7 @@ def dequantize(packed, absmax, shape, quant_type, blocksize, dtype) -> torch.Ten
 
 
 def dense(weight, dtype) -> torch.Tensor:
-    """[N, K] of `dtype` of a Weight4bit; a dense weight as it is."""
-    if isinstance(weight, torch.Tensor):
-        return weight
+    """[N, K] of `dtype` of a Weight4bit"""
     native = weight.untile()
     absmax = native.scales
     if native.nested:

@@ -1,13 +1,11 @@
 """y = out_scale · ((x·in_scale) Wᵀ + (drop(x) Aᵀ) (scale·B)ᵀ + lora_bias) + bias   (LoRA: Hu et al. 2021, equation 3)
 
-`lora_linear` is the definition, differentiable by autograd. `forward` and `backward` are the same in closed form, for a
-group of projections of one x: the `torch` backend. Shapes: x [..., K], W [N, K] (dense or a Weight4bit), A [R, K], B [N, R],
-scale [] or [R].
+`lora_linear` is the definition, differentiable by autograd. The passes below are the same in closed form, for a group of
+projections of one x: the `torch` backend. Shapes: x [..., K], W [N, K], A [R, K], B [N, R], scale [] or [R]; in the passes
+x [M, K], s and t [M, ΣR].
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ def drop(x: torch.Tensor, p: float, seed: torch.Tensor | None, projection: int =
 
 def lora_linear(
     x: torch.Tensor,
-    weight: Any,
+    weight: torch.Tensor,
     a: torch.Tensor | None,
     b: torch.Tensor | None,
     *,
@@ -38,7 +36,7 @@ def lora_linear(
     out_scale: torch.Tensor | None = None,
     projection: int = 0,
 ) -> torch.Tensor:
-    y = F.linear(x if in_scale is None else x * in_scale.to(x.dtype), dense(weight, x.dtype))
+    y = F.linear(x if in_scale is None else x * in_scale.to(x.dtype), weight)
     if a is not None and b is not None:
         s = F.linear(drop(x, dropout_p, seed, projection), a.to(x.dtype))
         y = y + F.linear(s, (b * scale).to(x.dtype))
@@ -49,66 +47,85 @@ def lora_linear(
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def forward(x, weights, biases, a, b, scales, lora_biases, dropout_p, seed):
-    """-> ys (each [..., N_i]) and s [M, ΣR], the rank-R activations that backward reads."""
-    x2, ys, parts = contiguous_rows(x), [], []
-    for i, weight in enumerate(weights):
-        y = F.linear(x2, dense(weight, x.dtype), None if biases[i] is None else biases[i].to(x.dtype))
-        if a[i] is not None:
-            s = drop(x2, dropout_p, seed, i) @ a[i].to(x.dtype).t()
-            y.addmm_(s, (b[i] * scales[i]).to(x.dtype).t())
-            parts.append(s)
-        if lora_biases[i] is not None:
-            y += lora_biases[i].to(x.dtype)
-        ys.append(leading_shape(y, x))
-    return ys, torch.cat(parts, dim=1) if parts else x2.new_empty(x2.shape[0], 0)
+# ---- the passes ------------------------------------------------------------------------------------------------------
 
 
-def backward(dys, x, s, weights, a, b, scales, dropout_p, seed, needs_x, needs_a, needs_b, needs_bias):
-    """-> dx, [dA_i], [dB_i], [dbias_i] (None where not needed).
+def can(meta) -> None:
+    return None
 
-    ds = dy (scale·B);  dB = scale·dyᵀ s;  dA = dsᵀ drop(x);  dx = dy W + drop'(ds A);  dbias = Σ_m dy
-    """
-    x2 = None if x is None else contiguous_rows(x)
-    rows = next(dy.shape[:-1] for dy in dys if dy is not None)
-    dx, das, dbs, dbiases = None, [], [], []
-    column = 0
-    for i, weight in enumerate(weights):
-        dy = None if dys[i] is None else contiguous_rows(dys[i])
-        da = db = dbias = None
-        if dy is not None:
-            if needs_x:
-                w = dense(weight, dy.dtype)
-                dx = dy @ w if dx is None else dx.addmm_(dy, w)
-            if needs_bias[i]:
-                dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-        rank = 0 if a[i] is None else a[i].shape[0]
-        if dy is not None and rank:
-            if needs_b[i]:
-                db = ((dy.t() @ s[:, column : column + rank]).to(b[i].dtype) * scales[i]).to(b[i].dtype)
-            ds = dy @ (b[i] * scales[i]).to(dy.dtype)
-            if needs_a[i]:
-                da = (ds.t() @ drop(x2, dropout_p, seed, i)).to(a[i].dtype)
-            if needs_x and dropout_p == 0.0:
-                dx.addmm_(ds, a[i].to(dy.dtype))
-            elif needs_x:
-                dx += drop(ds @ a[i].to(dy.dtype), dropout_p, seed, i)
-        column += rank
-        das.append(da)
+
+def down(x, a, p, seed):
+    """-> s = drop(x) Aᵀ of all projections"""
+    parts = [drop(x, p, seed, i) @ a_i.to(x.dtype).t() for i, a_i in enumerate(a) if a_i is not None]
+    return torch.cat(parts, dim=1) if parts else x.new_empty(x.shape[0], 0)
+
+
+def up(ys, s, b, scales, lora_biases):
+    """ys, to each of which s_i (scale·B_i)ᵀ + lora_bias_i was added in place"""
+    for y, s_i, b_i, scale, lora_bias in zip(ys, split(s, b), b, scales, lora_biases):
+        if b_i is not None:
+            y.addmm_(s_i, (b_i * scale).to(y.dtype).t())
+        if lora_bias is not None:
+            y += lora_bias.to(y.dtype)
+    return ys
+
+
+def grad_up(dys, s, b, scales, wants_t, needs_b, needs_bias):
+    """-> t = dy (scale·B), or None; [dB_i = scale·dy_iᵀ s_i]; [dbias_i = Σ_m dy_i]; None where not needed or without dy_i"""
+    ts, dbs, dbiases = [], [], []
+    for dy, s_i, b_i, scale, needs, needs_sum in zip(dys, split(s, b), b, scales, needs_b, needs_bias):
+        live = dy is not None
+        if b_i is not None:
+            ts.append(dy @ (b_i * scale).to(dy.dtype) if live else torch.zeros_like(s_i))
+        db = ((dy.t() @ s_i).to(b_i.dtype) * scale).to(b_i.dtype) if live and needs and b_i is not None else None
         dbs.append(db)
-        dbiases.append(dbias)
-    return None if dx is None else dx.view(*rows, weights[0].shape[1]), das, dbs, dbiases
+        dbiases.append(dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if live and needs_sum else None)
+    return torch.cat(ts, dim=1) if wants_t else None, dbs, dbiases
 
 
-def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., K] -> [M, K], contiguous.
+def grad_down(dx, x, t, a, live, needs_a, p, seed):
+    """-> dx (or None), to which Σ_i drop_i(t_i A_i) was added in place; [dA_i = t_iᵀ drop_i(x)]"""
+    das = []
+    for i, (t_i, a_i) in enumerate(zip(split(t, [None if a_i is None else a_i.t() for a_i in a]), a)):
+        da = None
+        if a_i is not None and live[i]:
+            if needs_a[i]:
+                da = (t_i.t() @ drop(x, p, seed, i)).to(a_i.dtype)
+            if dx is not None and p == 0.0:
+                dx.addmm_(t_i, a_i.to(t.dtype))
+            elif dx is not None:
+                dx += drop(t_i @ a_i.to(t.dtype), p, seed, i)
+        das.append(da)
+    return dx, das
 
-    Also because of PyTorch 2.13 on CPUs with AMX: a bf16 matmul of row-strided rows with odd K reads one element past
-    each row, and NaN there reaches the result.
-    """
-    return x.reshape(-1, x.shape[-1]).contiguous()
+
+def split(s, b):
+    """[M, ΣR] -> [s_i [M, R_i]] for B_i [N_i, R_i]"""
+    return s.split([0 if b_i is None else b_i.shape[1] for b_i in b], dim=1)
 
 
-def leading_shape(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[M, N] -> [..., N] as x has it; no view to autograd, so that users may change a Function's output in place."""
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+# ---- the base --------------------------------------------------------------------------------------------------------
+
+
+def fused(x, weights, biases, a, b, scales, lora_biases, p, seed):
+    return None
+
+
+def fused_dx(dys, weights, t, a, live, p, seed):
+    return None
+
+
+def project_dense(x, ws, biases):
+    return [F.linear(x, w, None if bias is None else bias.to(x.dtype)) for w, bias in zip(ws, biases)]
+
+
+def combine_dense(dys, ws):
+    return sum(dy @ w for dy, w in zip(dys, ws))
+
+
+def project_4bit(x, ws, biases):
+    return project_dense(x, [dense(w, x.dtype) for w in ws], biases)
+
+
+def combine_4bit(dys, ws):
+    return combine_dense(dys, [dense(w, dy.dtype) for dy, w in zip(dys, ws)])

@@ -1,7 +1,0 @@
-#ifdef __x86_64__
-#include "vec_avx512.h"
-// (what the kernels are written in comes first)
-#include "lora_linear_table.h"
-
-const LoraLinearKernels fastpeft::lora_linear_avx512bf16 = TABLE;
-#endif

@@ -1,0 +1,2 @@
+def can(meta):
+    return "not yet"
