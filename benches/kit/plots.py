@@ -120,7 +120,7 @@ def _image(path: Path) -> str:
     return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
 
 
-def page(rows: list[Row], answers: list[Answer], folder: Path) -> Path:
+def page(rows: list[Row], answers: list[Answer], folder: Path, targets: bool = False) -> Path:
     """report.html with everything inline (no network, no script): questions first, then what was compared."""
     parts = ["<h1>fastpeft bench</h1>"]
     for answer in answers:
@@ -128,7 +128,7 @@ def page(rows: list[Row], answers: list[Answer], folder: Path) -> Path:
         parts.append(_image(picture(answer, folder)))
     for machine, group in grouped(rows, machine_of).items():
         parts.append(f"<p>{html.escape(machine)}; commit {html.escape(commit_of(group))}</p>")
-        parts += [table.html() for table in (*tables.all_tables(group), tables.verdicts(group), rates(group))]
+        parts += [table.html() for table in tables.all_tables(group, targets)]
     overview = speeds(rows, folder / "speed.png")
     parts += [_image(overview)] if overview else []
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -137,15 +137,3 @@ def page(rows: list[Row], answers: list[Answer], folder: Path) -> Path:
     path = folder / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def rates(rows: list[Row]) -> tables.Table:
-    """Absolute times, which hold for this machine only."""
-    table = tables.Table("Times on this machine (medians)", ["what", "function", "ms", "share of the roofline"])
-    for row in rows:
-        samples = samples_of(row)
-        for name in samples.seconds if samples and samples.kept else ():
-            floor = row.get("floor")
-            share = f"{floor['seconds'] / samples.median(name):.0%}" if floor else "-"
-            table.lines.append([row["key"], name, f"{samples.median(name) * 1e3:.4g}", share])
-    return table

@@ -174,7 +174,7 @@ class Run:
 
         rows = [row for row in self.rows if row["kind"] != "error"]
         found = answers.answers(rows)
-        page = plots.page(rows, found, self.out)
+        page = plots.page(rows, found, self.out, targets=self.long)
         if not self.options.json:
             for table in tables.all_tables(rows, targets=self.long):
                 print(table.text() + "\n")
