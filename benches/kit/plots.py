@@ -69,7 +69,7 @@ def picture(answer: Answer, folder: Path) -> Path:
             gaps = [abs(a - b) for a, b in zip(values, answer.lines["PEFT"], strict=True)]
             bottom.plot(steps, gaps, color=COLOURS.get(way))
         bottom.set_yscale("symlog", linthresh=1e-4)
-        bottom.set(xlabel="step", ylabel="|Δloss| to PEFT")
+        bottom.set(xlabel="step", ylabel="|Δloss| to PEFT", ylim=(0, None))
         top.set(ylabel="loss")
         top.legend()
     else:

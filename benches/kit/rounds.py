@@ -253,12 +253,12 @@ class Rounds:
         *,
         calls: int = 1,
         least: int = 3,
-        most: int = MOST,
+        most: int | None = None,
         tick: Callable[[], object] | None = None,
     ) -> Samples:
-        """Rounds for `seconds`: at least `least` of them, at most `most` undisturbed ones."""
+        """Rounds for `seconds`: at least `least` of them, at most `most` (MOST) undisturbed ones."""
         end = time.perf_counter() + seconds
-        while self.samples.rounds < least or (time.perf_counter() < end and self.samples.undisturbed < most):
+        while self.samples.rounds < least or (time.perf_counter() < end and self.samples.undisturbed < (most or MOST)):
             self.run(functions, calls)
             if tick is not None:
                 tick()

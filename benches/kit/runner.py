@@ -114,7 +114,7 @@ class Run:
 
     def run(self, tasks: Callable[[Run], list[Task]]) -> int:
         """tasks: of a suite. The exit code: 0 done, 1 something failed or was wrong, 2 it could not start."""
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, called through torch
         try:
             self.open()
             wanted = [task for task in tasks(self) if task.part in self.parts]
