@@ -83,7 +83,7 @@ class Case:
 def target_cases() -> list[Case]:
     """The rows that carry targets of their own."""
 
-    def case(k: int, n: int, m: int, dtype: str, direction: str, *overheads: tuple[str, float], **more: Any) -> Case:
+    def case(k: int, n: int, m: int, dtype: str, direction: str, *overheads: tuple[str, float]) -> Case:
         limits = tuple(Limit(OVERHEAD, peer, value) for peer, value in overheads)
         return Case(k, n, m, dtype, direction, limits=(*limits, NEVER_SLOWER), compiled=dtype == "bf16")
 
@@ -259,7 +259,6 @@ def _layer(case: Case, of: Layers, made: Work, function: Callable[..., Function]
     if case.compiled:
         graph = peers.compiled()
         found[COMPILED] = function(lambda i: graph(default[i], x), lambda i: peers.adapters(default[i]))
-    assert made.plain is not None
     found[COMPOSITION] = function(lambda i: peers.composition(x, *_each(of, i)[0], SCALE), own)
     found[OURS] = function(_op(of), own)
     if case.m <= 64 and case.direction == FORWARD and x.device.type == "cpu":
@@ -279,7 +278,6 @@ def _group(case: Case, of: Layers, made: Work, function: Callable[..., Function]
     found[FROZEN] = function(lambda i: [linear(x, w_i) for w_i in w])
     one = lambda w_i, a_i, b_i: fp.ops.lora_linear(x, w_i, a_i, b_i, scale=SCALE)  # noqa: E731
     found[THREE_CALLS] = function(lambda i: [one(*t) for t in _each(of, i)], own)
-    assert made.plain is not None
     found[COMPOSITION] = made.plain
     found[OURS] = function(lambda i: fp.ops.lora_linear_group(x, w, of.a[i], of.b[i], scales=scales), own)
     made.unchecked = (FROZEN, OWN_BASE)
