@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import __version__, _build, machine, native, ops
+from .backends import plans
 
 EXTRAS = ("bench", "test", "dev")
 _HERE = Path(__file__).parent
@@ -64,6 +65,7 @@ def diagnose() -> dict[str, Any]:
         "cpu_module_isa": module.isa() if module else None,
         "cuda_module": native.cuda().__file__ if native.cuda() else None,
         "cuda_module_missing": native.why_not_cuda(),
+        "plan": plans.current.kind,
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FASTPEFT_")},
         "backends": ops.backends(),
         "extras_missing": {extra: _missing(extra) for extra in EXTRAS},
@@ -84,7 +86,8 @@ def _as_text(found: dict[str, Any]) -> str:
         ("environment", " ".join(f"{key}={value}" for key, value in found["environment"].items()) or "no FASTPEFT_*"),
     ]
     if found["cpu_module"]:
-        kernels = f"{found['cpu_module_isa']}; FASTPEFT_CPU_ISA takes {', '.join(found['cpu_module_isas'])}"
+        kernels = f"{found['cpu_module_isa']}, plans of kind {found['plan']}"
+        kernels += f"; FASTPEFT_CPU_ISA takes {', '.join(found['cpu_module_isas'])}"
     else:
         kernels = f"{'BROKEN' if found['broken'] else 'missing'}: {found['cpu_module_missing']}"
     rows.append(("cpu kernels", kernels))

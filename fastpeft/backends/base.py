@@ -66,39 +66,3 @@ def decode(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
 
 
 set_decoder(decode)
-
-
-def gemm(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + bias by PyTorch"""
-    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
-
-
-def gemms(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> list:
-    return [gemm(x, w, bias) for w, bias in zip(weights, biases)]
-
-
-def grad_gemms(dys: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Σ dy_i W_i by PyTorch"""
-    dx = torch.mm(dys[0], weights[0])
-    for dy, w in zip(dys[1:], weights[1:]):
-        dx.addmm_(dy, w)
-    return dx
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., K] -> [M, K], contiguous, no lazy negation.
-
-    Contiguous also because of PyTorch 2.13 on CPUs with AMX: a bf16 matmul of row-strided rows with odd K reads one element
-    past each row, and NaN there reaches the result.
-    """
-    if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    return x.resolve_neg().contiguous()
-
-
-def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[M, N] -> [..., N] as x has it; no view to autograd, so that the caller may change a Function's output in place."""
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))

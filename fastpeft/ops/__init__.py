@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._base import BACKENDS
+from ._registered import BACKENDS
 from .linear4bit import linear4bit, quantize_4bit
 from .lora_linear import lora_linear, lora_linear_group
 

@@ -3,7 +3,7 @@
     y = out_scale · ((x·in_scale) Wᵀ + scale·(drop(x) Aᵀ) Bᵀ + lora_bias) + bias
 
 Top-down: the public functions; the way to the op; `forward` and `backward` over the passes of a backend
-(`backends/<device>/lora_linear.py`, `reference/lora_linear.py`, or registered: `_base.py`); the autograd.Function around them.
+(`backends/<device>/lora_linear.py`, `reference/lora_linear.py`, or registered: `_registered.py`); the autograd.Function around them.
 Everything is a group of projections that read one x; a single layer is a group of one. Lists have an entry a projection.
 """
 
@@ -16,13 +16,13 @@ import torch
 from torch.compiler import is_compiling
 
 from .. import native
-from ..backends import base
+from ..backends import base, gemm
 from ..backends.choice import allows, choose, forced
 from ..backends.cpu import lora_linear as cpu
 from ..reference import lora_linear as reference
 from ..weight4bit import Weight4bit, join, split
 from . import _check
-from ._base import BACKENDS, Compiled, Seen
+from ._registered import BACKENDS, Compiled, Seen
 from ._op import plain_call, transformed
 
 Weights = Sequence[torch.Tensor | Weight4bit]
@@ -126,6 +126,7 @@ def lora_linear_group(
 
 def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[torch.Tensor]:
     """-> [y_i]. lists: weights, biases, a, b, scales, lora_biases, tuples."""
+    passes: Any
     flags, found = -1, None  # found: ys and s, where the CPU had them in the call that looked at the arguments
     on_cpu = allows("cpu")
     if 0.0 <= p < 1.0 and in_scale is None and out_scale is None and not is_compiling():
@@ -140,7 +141,13 @@ def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[t
                 return _by_definition(op, x, lists, p, seed, in_scale, out_scale)
             lists = _as_kernels_read(x, lists)
         *rest, a, b, scales, lora_biases = lists
-        lists = *rest, a, b, tuple([None if a_i is None else _scale(scale, x) for a_i, scale in zip(a, scales)]), lora_biases
+        lists = (
+            *rest,
+            a,
+            b,
+            tuple([None if a_i is None else _scale(scale, x) for a_i, scale in zip(a, scales)]),
+            lora_biases,
+        )
         if flags < 0:
             flags = _flags(x, lists)
         plain = plain_call(x)
@@ -153,7 +160,11 @@ def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[t
     return apply(call, x, *lists[1], *lists[2], *lists[3], *lists[5])
 
 
-NEEDS_GRAD, TRAINS_A, PACKED = 1, 2, 4  # flags of a call, as `lora_linear_begin` in csrc/python/lora_linear.cpp gives them
+NEEDS_GRAD, TRAINS_A, PACKED = (
+    1,
+    2,
+    4,
+)  # flags of a call, as `lora_linear_begin` in csrc/python/lora_linear.cpp gives them
 
 
 def _flags(x, lists) -> int:
@@ -243,10 +254,10 @@ def forward(passes, x, weights, biases, a, b, scales, lora_biases, p, seed):
     found = passes.fused(x, weights, biases, a, b, scales, lora_biases, p, seed)
     if found is not None:
         return found
-    rows = base.rows(x)
+    rows = gemm.rows(x)
     s = passes.down(rows, a, p, seed)
     ys = passes.up(base.project(passes, rows, weights, biases), s, b, scales, lora_biases)
-    return [base.shaped(y, x) for y in ys], s
+    return [gemm.shaped(y, x) for y in ys], s
 
 
 def backward(passes, dys, x, s, weights, a, b, scales, p, seed, needs_x, needs_a, needs_b, needs_bias):
@@ -256,7 +267,7 @@ def backward(passes, dys, x, s, weights, a, b, scales, p, seed, needs_x, needs_a
     """
     live = [dy is not None for dy in dys]
     shape = next(dy.shape[:-1] for dy in dys if dy is not None)
-    dys = [None if dy is None else base.rows(dy) for dy in dys]
+    dys = [None if dy is None else gemm.rows(dy) for dy in dys]
     wants_t = s.shape[1] > 0 and (needs_x or any(needs_a))
     t, dbs, dbiases = passes.grad_up(dys, s, b, scales, wants_t, needs_b, needs_bias)
     das, dx, whole = [None] * len(a), None, None  # whole: dx with its rank-R term, where the base GEMM takes that
@@ -265,7 +276,7 @@ def backward(passes, dys, x, s, weights, a, b, scales, p, seed, needs_x, needs_a
         if whole is None:
             dx = base.combine(passes, *zip(*((dy, w) for dy, w in zip(dys, weights) if dy is not None)))
     if wants_t:
-        rows = base.rows(x) if any(needs_a) else None
+        rows = gemm.rows(x) if any(needs_a) else None
         dx, das = passes.grad_down(dx, rows, t, a, live, needs_a, p, seed)
     dx = dx if whole is None else whole
     if dx is not None and len(shape) != 1:

@@ -11,7 +11,7 @@ import torch
 
 from ... import native
 from .. import plans
-from ..base import gemms, grad_gemms
+from ..gemm import gemms, grad_gemms
 from ..meta import Meta, unfit
 from . import slabs
 from .linear4bit import combine_4bit, few, project_4bit

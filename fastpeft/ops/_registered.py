@@ -13,6 +13,7 @@ from ..backends import base
 from ..backends.choice import choose
 from ..backends.cpu import lora_linear as cpu
 from ..backends.cuda import lora_linear as cuda
+from ..backends.gemm import gemms
 from ..backends.triton import lora_linear as triton
 from ..reference import lora_linear as reference
 from ..weight4bit import join, split
@@ -181,7 +182,7 @@ class Seen:
     """What a dispatch mode sees: functional passes, and `aten.mm` or `addmm` for the base (4 bits are decoded before it)."""
 
     fused = fused_dx = staticmethod(lambda *arguments: None)
-    project_dense = staticmethod(base.gemms)
+    project_dense = staticmethod(gemms)
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -210,7 +211,7 @@ class Seen:
         return dx
 
     def project_4bit(self, x, ws, biases):
-        return base.gemms(x, [decode(*_flat(w), x.dtype) for w in ws], biases)
+        return gemms(x, [decode(*_flat(w), x.dtype) for w in ws], biases)
 
     def combine_4bit(self, dys, ws):
         return self.combine_dense(dys, [decode(*_flat(w), dy.dtype) for dy, w in zip(dys, ws)])
