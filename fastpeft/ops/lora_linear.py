@@ -10,6 +10,7 @@ Everything is a group of projections that read one x; a single layer is a group 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[t
             _check.call(op, x, lists, p)
             if in_scale is not None or out_scale is not None or p == 1.0 or _trained(lists[4]) or transformed():
                 return _by_definition(op, x, lists, p, seed, in_scale, out_scale)
-            lists = _as_kernels_read(x, lists)
+            x, lists = _as_kernels_read(x, lists)
         *rest, a, b, scales, lora_biases = lists
         lists = (
             *rest,
@@ -200,23 +201,21 @@ def _autocast(x, lists):
 
 
 def _as_kernels_read(x, lists):
-    """Nothing lazily negated, adapters and biases contiguous, a float64 bias beside a narrower x in float32."""
+    """Nothing lazily negated or zero, adapters and biases contiguous, a float64 bias beside a narrower x in float32."""
 
     def of(t: Any, contiguous: bool = True, narrow: bool = False) -> Any:
         if not isinstance(t, torch.Tensor):
             return t
         t = t.resolve_neg()
+        if not is_compiling() and t._is_zerotensor():
+            t = t.clone()
         if narrow and t.dtype == torch.float64 != x.dtype:
             t = t.float()
         return t.contiguous() if contiguous else t
 
-    weights, biases, a, b, scales, lora_biases = lists
-    return (
-        tuple(of(t, contiguous=False) for t in weights),
-        tuple(of(t, narrow=True) for t in biases),
-        *(tuple(map(of, ts)) for ts in (a, b, scales)),
-        tuple(of(t, narrow=True) for t in lora_biases),
-    )
+    as_it_is, narrow = partial(of, contiguous=False), partial(of, narrow=True)
+    ways = as_it_is, narrow, of, of, of, narrow
+    return as_it_is(x), tuple(tuple(map(way, ts)) for way, ts in zip(ways, lists))
 
 
 def _scale(scale: Any, x: torch.Tensor) -> torch.Tensor:
