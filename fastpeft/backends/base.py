@@ -1,7 +1,7 @@
 """The base of a layer, dense or in 4 bits, as one thing: y = x Wᵀ + bias and dx = dy W.
 
 The only place that asks what a weight is. A device's `project_dense`, `combine_dense`, `project_4bit` and `combine_4bit`
-(in its folder, beside its passes) take what is of one kind; PyTorch's GEMM is the common way for dense weights.
+(in its folder, beside its passes) take what is of one kind; PyTorch's GEMM (`gemm.py`) is the common way for dense weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from ..weight4bit import Weight4bit, set_decoder
 from . import choice
 from .cpu import linear4bit as cpu
 from .cuda import linear4bit as cuda
+from .gemm import gemms as gemms
+from .gemm import grad_gemms as grad_gemms
 from .triton import linear4bit as triton
 
 Base = torch.Tensor | Weight4bit
@@ -24,12 +26,12 @@ Base = torch.Tensor | Weight4bit
 
 def project(device: Any, x: torch.Tensor, weights: Sequence[Base], biases: Sequence[torch.Tensor | None]) -> list:
     """[x W_iᵀ + bias_i], each [M, N_i], of x [M, K], W_i [N_i, K], bias_i [N_i] or None"""
-    packed = [isinstance(w, Weight4bit) for w in weights]
-    if not any(packed):
+    if packed(weights) is False:
         return device.project_dense(x, weights, biases)
-    ys: list[Any] = [None] * len(packed)
+    kinds = [isinstance(w, Weight4bit) for w in weights]
+    ys: list[Any] = [None] * len(kinds)
     for way, wanted in ((device.project_dense, False), (device.project_4bit, True)):
-        of = [i for i, is_packed in enumerate(packed) if is_packed == wanted]
+        of = [i for i, kind in enumerate(kinds) if kind == wanted]
         found = way(x, [weights[i] for i in of], [biases[i] for i in of]) if of else []
         for i, y in zip(of, found):
             ys[i] = y
@@ -38,13 +40,19 @@ def project(device: Any, x: torch.Tensor, weights: Sequence[Base], biases: Seque
 
 def combine(device: Any, dys: Sequence[torch.Tensor], weights: Sequence[Base]) -> torch.Tensor:
     """Σ dy_i W_i [M, K] of dy_i [M, N_i]"""
-    dense = [(dy, w) for dy, w in zip(dys, weights) if not isinstance(w, Weight4bit)]
-    packed = [(dy, w) for dy, w in zip(dys, weights) if isinstance(w, Weight4bit)]
-    dx = device.combine_dense(*zip(*dense)) if dense else None
-    if not packed:
+    plain = [(dy, w) for dy, w in zip(dys, weights) if not isinstance(w, Weight4bit)]
+    in_4bit = [(dy, w) for dy, w in zip(dys, weights) if isinstance(w, Weight4bit)]
+    dx = device.combine_dense(*zip(*plain)) if plain else None
+    if not in_4bit:
         return dx
-    rest = device.combine_4bit(*zip(*packed))
+    rest = device.combine_4bit(*zip(*in_4bit))
     return rest if dx is None else dx.add_(rest)
+
+
+def packed(weights: Sequence[Base]) -> bool | None:
+    """Whether all are in 4 bits; None: some are."""
+    kinds = {isinstance(w, Weight4bit) for w in weights}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def dense(weight: Base, dtype: torch.dtype) -> torch.Tensor:
@@ -66,23 +74,6 @@ def decode(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
 
 
 set_decoder(decode)
-
-
-def gemm(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + bias by PyTorch"""
-    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
-
-
-def gemms(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> list:
-    return [gemm(x, w, bias) for w, bias in zip(weights, biases)]
-
-
-def grad_gemms(dys: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Σ dy_i W_i by PyTorch"""
-    dx = torch.mm(dys[0], weights[0])
-    for dy, w in zip(dys[1:], weights[1:]):
-        dx.addmm_(dy, w)
-    return dx
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

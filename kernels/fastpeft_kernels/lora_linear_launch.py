@@ -1,11 +1,12 @@
 """Launches the Triton kernels of lora_linear: block sizes, grids, workspaces.
 
-All matrices have unit stride in their last dimension; x, dy, s, t and outputs may have any row stride, A and B none.
-`spans` says which columns of s and t a projection owns and which number it has in the dropout mask.
+`down`, `up`, `grad_up` and `grad_down` are the passes of `fastpeft.reference.lora_linear`; `project` and `combine` the base
+with its rank-R term. Lists have an entry a projection. x, dy, s, t and dx may have any row stride, a and b none.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,20 @@ def _spans(spans):
         "RANKS": tuple(s.rank for s in spans),
         "INDEX": tuple(s.number for s in spans),
     }
+
+
+def _owned(ranks) -> list[Span]:
+    """One a projection: their ranks lie side by side."""
+    firsts = itertools.accumulate(ranks, initial=0)
+    return [Span(first, rank, i) for i, (first, rank) in enumerate(zip(firsts, ranks))]
+
+
+def _of_a(a) -> list[Span]:
+    return _owned([0 if t is None else t.shape[0] for t in a])
+
+
+def _of_b(b) -> list[Span]:
+    return _owned([0 if t is None else t.shape[1] for t in b])
 
 
 def _block(n: int, most: int) -> int:
@@ -59,12 +74,15 @@ def _stride(scale) -> int:
 
 
 @on_device
-def down(x, a, spans, s, p, seed):
-    """s[:, span i] = drop(x) A_iᵀ; x [M, K], A_i [R_i, K]"""
-    m, k = x.shape
-    total = s.shape[1]
+def down(x, a, p, seed):
+    """-> s [M, ΣR] = drop(x) A_iᵀ; x [M, K], A_i [R_i, K]"""
+    (m, k), spans = x.shape, [span for span in _of_a(a) if span.rank]
+    s = x.new_empty(m, sum(span.rank for span in spans))
+    total, a = s.shape[1], [a[span.number] for span in spans]
     if m == 0 or total == 0:
-        return
+        return s
+    if len({t.dtype for t in a}) > 1:  # the kernel picks a pointer for each rank
+        a = [t.to(x.dtype) for t in a]
     block_r = _block(total, 32 if x.dtype == torch.float32 else 128)
     block_m, block_k = 64, 128
     if x.dtype == torch.float32:
@@ -81,19 +99,15 @@ def down(x, a, spans, s, p, seed):
     )  # fmt: skip
     if parts > 1:
         _sum(out, s)
+    return s
 
 
 @on_device
-def up(out, s, b, span, scale, bias):
-    """out [M, N] += s (scale·B)ᵀ + bias; B [N, R] or None"""
-    s, ups, spans = _only(s, b, span)
-    _add(out, s, ups, spans, (1, 0 if b is None else span.rank), scale, bias, 0.0, None)
-
-
-@on_device
-def add_down(out, t, a, spans, p, seed):
-    """out [M, K] += Σ_i drop_i(t_i A_i); A_i [R_i, K]"""
-    _add(out, t, tuple(a), spans, (out.shape[1], 1), None, None, p, seed)
+def up(ys, s, b, scales, lora_biases):
+    """ys, to each of which s_i (scale_i·B_i)ᵀ + lora_bias_i was added in place; B_i [N_i, R_i] or None"""
+    for y, b_i, span, scale, bias in zip(ys, b, _of_b(b), scales, lora_biases):
+        _add(y, *_only(s, b_i, span), scale, bias, 0.0, None)
+    return ys
 
 
 def _add(out, s, ups, spans, up_strides, scale, bias, p, seed):
@@ -109,23 +123,9 @@ def _add(out, s, ups, spans, up_strides, scale, bias, p, seed):
     )  # fmt: skip
 
 
-@on_device
-def project(x, weight, bias, lora_bias, s, b, span, scale):
-    """y [M, N] = x Wᵀ + s (scale·B)ᵀ + bias + lora_bias in one GEMM; b None: no rank-R term"""
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    s, ups, spans = _only(s, b, span)
-    _gemm(x, weight.t(), y, False, s, ups, spans, (1, 0 if b is None else span.rank), scale, bias, lora_bias, 0.0, None)
-    return y
-
-
-@on_device
-def combine(dy, weight, dx, accumulate, t, a, spans, p, seed):
-    """dx [M, K] (+)= dy W + Σ_i drop_i(t_i A_i)"""
-    _gemm(dy, weight, dx, accumulate, t, tuple(a), spans, (dx.shape[1], 1), None, None, None, p, seed)
-
-
-def _gemm(left, w, out, accumulate, s, ups, spans, up_strides, scale, bias, lora_bias, p, seed):
-    """out [M, C] (+)= left [M, J] · w [J, C] + the rank-R terms"""
+def _gemm(left, w, transposed, out, accumulate, s, ups, spans, up_strides, scale, bias, lora_bias, p, seed):
+    """out [M, C] (+)= left [M, J] · Wᵀ or W [J, C] + the rank-R terms"""
+    w = w.t() if transposed else w
     (m, j), c = left.shape, w.shape[1]
     if m == 0 or c == 0:
         return
@@ -152,9 +152,44 @@ def _gemm(left, w, out, accumulate, s, ups, spans, up_strides, scale, bias, lora
     )  # fmt: skip
 
 
+def _projecting(gemm):
+    @on_device
+    def project(x, ws, biases, s, b, scales, lora_biases):
+        """-> [y_i [M, N_i] = x W_iᵀ + s_i (scale_i·B_i)ᵀ + bias_i + lora_bias_i], a GEMM each; s None: no rank-R terms"""
+        ys = [x.new_empty(x.shape[0], w.shape[0]) for w in ws]
+        s = x if s is None else s  # not read
+        for y, w, bias, b_i, span, scale, lora_bias in zip(ys, ws, biases, b, _of_b(b), scales, lora_biases):
+            gemm(x, w, True, y, False, *_only(s, b_i, span), scale, bias, lora_bias, 0.0, None)
+        return ys
+
+    return project
+
+
+def _combining(gemm):
+    @on_device
+    def combine(dys, ws, t=None, a=(), live=(), p=0.0, seed=None):
+        """-> dx [M, K] = Σ_i dy_i W_i + drop_i(t_i A_i), over live projections; the rank-R terms go with the last GEMM"""
+        parts = [(dy, w) for dy, w in zip(dys, ws) if dy is not None]
+        dx = parts[0][0].new_empty(parts[0][0].shape[0], ws[0].shape[1])
+        spans = [span for span, here in zip(_of_a(a), live) if here and span.rank]
+        for i, (dy, w) in enumerate(parts):
+            rest = (dy, (), [], (dx.shape[1], 1), None, None, None, 0.0, None)
+            if spans and i == len(parts) - 1:
+                rest = (t, tuple(a[span.number] for span in spans), spans, (dx.shape[1], 1), None, None, None, p, seed)
+            gemm(dy, w, False, dx, i > 0, *rest)
+        return dx
+
+    return combine
+
+
+project, combine = _projecting(_gemm), _combining(_gemm)
+
+
 def _only(s, b, span):
     """One projection without dropout: its own columns of s, so that a kernel is compiled once whichever they are."""
-    return (s, (), []) if b is None else (s[:, span.first :], (b,), [Span(0, span.rank, 0)])
+    if b is None:
+        return s, (), [], (1, 0)
+    return s[:, span.first :], (b,), [Span(0, span.rank, 0)], (1, span.rank)
 
 
 def _rank_block(spans, dtype) -> int:
@@ -168,7 +203,25 @@ def _describable(t) -> bool:
 
 
 @on_device
-def grad_up(dy, s, b, scale, ds, db, dbias):
+def grad_up(dys, s, b, scales, wants_t, needs_b, needs_bias):
+    """-> t = dy (scale·B), or None; [dB_i = scale·dy_iᵀ s_i]; [dbias_i = Σ_m dy_i]; None where not needed or without dy_i"""
+    t = None
+    if wants_t:  # 0 where there is no dy
+        t = torch.empty_like(s) if all(dy is not None for dy in dys) else torch.zeros_like(s)
+    dbs, dbiases = [None] * len(dys), [None] * len(dys)
+    for i, (dy, b_i, span) in enumerate(zip(dys, b, _of_b(b))):
+        if dy is None:
+            continue
+        dbs[i] = torch.empty_like(b_i) if needs_b[i] and b_i is not None else None
+        dbiases[i] = s.new_empty(dy.shape[1], dtype=torch.float32) if needs_bias[i] else None
+        own = slice(span.first, span.first + span.rank)
+        ds = t[:, own] if wants_t and span.rank else None
+        if any(out is not None for out in (ds, dbs[i], dbiases[i])):
+            _grad_up(dy, s[:, own], b_i, scales[i], ds, dbs[i], dbiases[i])
+    return t, dbs, dbiases
+
+
+def _grad_up(dy, s, b, scale, ds, db, dbias):
     """ds [M, R] = dy (scale·B), db [N, R] = scale·dyᵀ s, dbias [N] = Σ_m dy; each may be None (not wanted)"""
     (m, n), r = dy.shape, 0 if b is None else b.shape[1]
     if n == 0:
@@ -198,8 +251,18 @@ def grad_up(dy, s, b, scale, ds, db, dbias):
 
 
 @on_device
-def grad_down(x, t, das, spans, p, seed):
-    """das[i] [R_i, K] = t_iᵀ drop_i(x); t [M, ΣR]"""
+def grad_down(dx, x, t, a, live, needs_a, p, seed):
+    """-> dx [M, K] (or None), to which Σ_i drop_i(t_i A_i) was added in place; [dA_i = t_iᵀ drop_i(x)]"""
+    spans = [span for span, here in zip(_of_a(a), live) if here and span.rank]
+    if dx is not None and spans:
+        _add(dx, t, tuple(a[span.number] for span in spans), spans, (dx.shape[1], 1), None, None, p, seed)
+    das = [
+        torch.empty_like(a_i) if a_i is not None and here and needs else None
+        for a_i, here, needs in zip(a, live, needs_a)
+    ]
+    spans = [span for span in spans if needs_a[span.number]]
+    if not spans:
+        return dx, das
     (m, k), total = x.shape, t.shape[1]
     block_r = _block(total, 32 if x.dtype == torch.float32 else 128)
     block_k = 32 if x.dtype == torch.float32 else 64 if block_r > 64 or p > 0.0 else 128
@@ -211,6 +274,6 @@ def grad_down(x, t, das, spans, p, seed):
             PRECISION=precision(x.dtype), BLOCK_M=64, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4, num_stages=3,
             **_spans(spans), **dropout(p, seed),
         )  # fmt: skip
-    for da, span in zip(das, spans):
-        if da is not None:
-            _sum(parts[:, span.first : span.first + span.rank], da)
+    for span in spans:
+        _sum(parts[:, span.first : span.first + span.rank], das[span.number])
+    return dx, das
