@@ -17,7 +17,7 @@ from benches._measure import AGAIN, FROZEN, Samples
 from benches._peers import OURS
 from benches.bench_lora_linear import BOTH, FORWARD, Limit
 from fastpeft import native
-from fastpeft.ops import linear4bit_cuda, lora_linear_cuda
+from fastpeft.backends.cuda import lora_linear as cuda
 
 TINY = [Case(64, 48, 3, FORWARD), Case(64, 48, 3, GRAD), Case(64, 48, 3, BOTH), Case(64, 48, 0, DECODE)]
 
@@ -98,9 +98,9 @@ def test_every_plan_computes_the_same(case, passes, monkeypatch, without_bitsand
     of = torch.randn(case.m, case.n if case.what == GRAD else case.k).to(torch.bfloat16)
     kernels = native.triton("lora_linear")
     if passes == "cuda":
-        module, kernels = emulation.module(), lora_linear_cuda
+        module, kernels = emulation.module(), cuda
         monkeypatch.setattr(native, "cuda", lambda: module)
-        assert linear4bit_cuda.is_fast(of, w.ours) or case.what == GRAD
+        assert module.linear4bit_small_is_fast(of, [w.ours]) or case.what == GRAD
     found = _gpu_4bit.forced(case.what, w.ours, of, kernels, passes == "cuda", native.triton("linear4bit"))
     assert set(found) == {FUSED, DECODED} | ({SMALL} if passes == "cuda" and case.what == FORWARD else set())
     with torch.no_grad():
