@@ -153,7 +153,7 @@ def lora_linear() -> None:
     """Every path of the op: dtypes, dropout, a group, both plans, weights that TMA can and cannot read."""
     from fastpeft.backends import plans
     from fastpeft.backends.triton import lora_linear as triton
-    from fastpeft.ops import lora_linear as op
+    from fastpeft.ops.lora_linear import backward, forward
 
     for fused_from in ({}, {"float32": 1, "bfloat16": 1, "float16": 1}):
         for dtype in (torch.bfloat16, torch.float32):
@@ -165,8 +165,8 @@ def lora_linear() -> None:
                     of = [[t] * count for t in (weight, bias, a, b, scale, None)]
                     yes = [True] * count
                     with plans.override("gpu", fused_from_m={"interpreter": fused_from}):
-                        _, s = op.forward(triton, x, *of, p, seed)
-                        op.backward(triton, [dy] * count, x, s, of[0], *of[2:5], p, seed, True, yes, yes, yes)
+                        _, s = forward(triton, x, *of, p, seed)
+                        backward(triton, [dy] * count, x, s, of[0], *of[2:5], p, seed, True, yes, yes, yes)
 
 
 def linear4bit(launchers: Any) -> None:
@@ -198,7 +198,7 @@ def packed(launchers: Any, m: int, n: int, k: int, dtype: torch.dtype, nested: b
     launchers.project(x, [weight], [bias], s, [b], [torch.ones(())], [None])
     for before in ([], [None]):
         count = len(before) + 1
-        launchers.combine([dy] * count, [weight] * count, s, [*before, a], [True] * count, p, seed)
+        launchers.combine([dy] * count, [weight] * count, s, [a, *before], [True] * count, p, seed)
 
 
 def cuda_kernels(capability: int) -> list[Compiled]:

@@ -1,13 +1,12 @@
 """Launches the Triton kernels of linear4bit: block sizes, grids, workspaces.
 
-A weight is a `fastpeft.Weight4bit`; `untile()` puts it in bitsandbytes' order: `.data` uint8, `.scales` float32 or (nested)
-uint8 with `.nested_absmax` and `.offset`, `.shape` (N, K), `.blocksize`, the code books `.quant_map` [16] and `.codebook`
-[256] or None; all on x's device. Other arguments as in `lora_linear_launch.py`. The weight puts its code books on a device
-when it is first asked there: not while a graph is captured.
+A weight is a `fastpeft.Weight4bit`, on x's device; other arguments as in `lora_linear_launch.py`. It puts its code books
+(`quant_map` [16], `codebook` [256] or None) on a device when it is first asked there: not while a graph is captured.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import linear4bit as kernels
 from ._launch import INTERPRETED, capability, dropout, multiprocessors, on_device, precision
-from .lora_linear_launch import _block, _combining, _describable, _projecting, _rank_block, _spans, _stride
+from .lora_linear_launch import _block, _describable, _rank_block, _spans, _stride, combine_by, project_by
 
 
 def _scales(weight) -> dict[str, object]:
@@ -123,4 +122,4 @@ def _gemm(left, weight, w_is_cj, out, accumulate, s, ups, spans, up_strides, sca
         )
 
 
-project, combine = _projecting(_gemm), _combining(_gemm)
+project, combine = functools.partial(project_by, _gemm), functools.partial(combine_by, _gemm)
