@@ -210,7 +210,11 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["fastpeft", "fastpeft.*"]), "fastpeft_kernels", "fastpeft._benches"],
+    packages=[
+        *find_packages(include=["fastpeft", "fastpeft.*"]),
+        "fastpeft_kernels",
+        *(f"fastpeft._benches{part}" for part in ("", ".kit", ".suites")),
+    ],
     package_dir={"fastpeft_kernels": "kernels/fastpeft_kernels", "fastpeft._benches": "benches"},
     package_data={"fastpeft": ["py.typed", "ops/*.json"], "fastpeft._benches": ["*.json", "*.html"]},
     include_package_data=False,

@@ -184,7 +184,10 @@ def split(
     weights: Sequence[torch.Tensor | Weight4bit],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[int]]:
     """-> a tensor a weight, three more a weight (scales, nested absmax, offset) and the forms; both empty if all are dense"""
-    if not any(isinstance(w, Weight4bit) for w in weights):
+    for w in weights:
+        if isinstance(w, Weight4bit):
+            break
+    else:
         return list(weights), [], []  # type: ignore[arg-type]
     tensors, quants, forms = [], [], []
     for w in weights:
@@ -215,7 +218,7 @@ def join(
         else:
             about = (n, k), _DTYPE_LIST[dtype], QUANT_TYPES[quant_type], blocksize, bool(tiled)
             weights.append(Weight4bit(data, scales, nested, offset, *about))
-    return weights
+    return tuple(weights)
 
 
 _decode: Callable[[Weight4bit, torch.dtype], torch.Tensor] = reference.dense

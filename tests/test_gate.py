@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 
 import pytest
 import torch
 
-from benches import _gpu_report, _measure, gate, gpu_suite
-from benches.bench_lora_linear import BOTH, Case
+from benches import gpu_suite, lora_linear
+from benches.kit import gate, measure, plots
 
 
 def result(gpu="H100", **times):
     """times: key=(median, low, high) of fastpeft over PEFT"""
     rows = [
-        {"key": key, "kind": "gpu", "wrong": [], "validity": ["ok", ""], "time": {"PEFT": list(t)}}
+        {"key": key, "kind": "row", "wrong": [], "validity": ["ok", ""], "time": {"PEFT": list(t)}}
         for key, t in times.items()
     ]
     return {"schema": gate.SCHEMA, "gpu": gpu, "rows": rows}
@@ -54,7 +53,7 @@ def test_missing_and_wrong_rows_fail_and_new_ones_are_named():
 
 def test_noise_is_no_verdict():
     noisy = result(a=(1.5, 1.4, 1.6), b=(0.90, 0.88, 0.92))
-    noisy["rows"][0]["validity"] = ["too noisy", "12 rounds"]
+    noisy["rows"][0]["validity"] = ["noisy", "A/A 1.03"]
     verdict = gate.compare(noisy, BEFORE)
     assert verdict.state == gate.PASSED and verdict.lines[0].startswith("not compared: a")
 
@@ -77,21 +76,31 @@ def test_the_first_run_is_recorded_and_then_binds(tmp_path):
     assert gate.gate(result(a=(0.99, 0.98, 1.0), b=(0.90, 0.88, 0.92)), path).exit_code == 1
 
 
-def test_collection_and_report(tmp_path, monkeypatch, one_thread):
-    """What the suite collects, here by wall time on a CPU, is JSON, and has a report, plots and a gate."""
-    monkeypatch.setattr(gpu_suite, "others", lambda device, seconds: [])
-    monkeypatch.setattr(gpu_suite, "MOST", 0.1)  # seconds a row; the budget is no part of this test
-    monkeypatch.setattr(_measure, "DELAY_LIMIT", math.inf)  # a busy machine's rounds count too
-    case = Case(64, 48, 16, "bf16", BOTH)
-    found = json.loads(json.dumps(gpu_suite.collect("cpu", 600.0, [case])))
+def test_a_wrong_row_fails_the_run_and_no_ratio_of_it_is_written(monkeypatch, one_thread, tmp_path, capsys):
+    right = lora_linear._op
+    monkeypatch.setattr(lora_linear, "_op", lambda of, p=0.0: lambda i: right(of, p)(i) * 1.02)
+    found = gpu_suite.collect("cpu", 600.0, [(lora_linear, lora_linear.Case(64, 48, 40, r=4))], most=0.0)
     (row,) = found["rows"]
-    assert row["key"] == f"{case.name}, wall" and not row["wrong"] and row["roofline"] > 0
+    assert row["wrong"] == ["fastpeft"] and not row["time"] and "fastpeft" not in row["over"]
+    assert {target["verdict"] for target in row["targets"]} == {"wrong result"}
+    assert gpu_suite.finish({**found, "tests": None}, tmp_path, None) == 1
+    assert "wrong result: 64->48" in capsys.readouterr().err
+
+
+def test_collection_and_report(tmp_path, one_thread):
+    """What the suite collects, here by wall time on a CPU, is JSON, and has a report, plots and a gate."""
+    case = lora_linear.Case(64, 48, 40, r=4)
+    found = json.loads(json.dumps(gpu_suite.collect("cpu", 600.0, [(lora_linear, case)] * 2, most=0.1)))
+    row, _ = found["rows"]
+    assert (
+        row["key"] == case.name and row["mode"] in measure.modes("cpu") and not row["wrong"] and row["floor_share"] > 0
+    )
     assert set(row["time"]) >= {"PEFT", "composition"} and not found["failed"] and not found["left_out"]
-    text = _gpu_report.text(found)
-    assert case.name in text and "overhead" in text
-    assert [path.name for path in _gpu_report.plots(found, tmp_path)] == ["gpu-speed.png"]
+    text = gpu_suite.report(found)
+    assert case.name in text and "roofline" in text and "nothing to do, as these rows are timed: wall: " in text
+    assert plots.speeds(found["rows"], tmp_path / "speed.png").is_file()
     assert gate.compare(found, copy.deepcopy(found)).exit_code == 0
-    assert gpu_suite.collect("cpu", 0.0, [case])["left_out"] == [case.name]
+    assert gpu_suite.collect("cpu", 0.0, [(lora_linear, case)])["left_out"] == [case.name]
 
 
 def test_without_a_gpu_it_says_so(capsys):

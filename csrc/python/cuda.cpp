@@ -110,10 +110,10 @@ Matrix Launches::workspace(int64_t rows, int64_t columns, int dtype) {
   const int64_t shape[] = {rows, columns};
   if (torch_.allocate_instead) {
     handed_out.push_back(allocate(like, shape, 2, dtype));
-    return {borrowed(handed_out.back()).data(), columns, dtype};
+    return {handed_out.back().data, columns, dtype};
   }
   managed.push_back(allocate_managed(like, shape, 2, dtype));
-  return {(char*)managed.back()->tensor.data + managed.back()->tensor.byte_offset, columns, dtype};
+  return {data_of(managed.back()->tensor), columns, dtype};
 }
 
 void Launches::run(std::initializer_list<std::pair<const char*, int64_t>> sizes) {

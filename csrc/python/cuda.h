@@ -70,7 +70,7 @@ class Launches {
   const Tensor& like;
   std::vector<std::function<int(void*)>> all;
   std::vector<dlpack::Managed*> managed;
-  std::vector<py::object> handed_out;  // by a test
+  std::vector<Result> handed_out;  // by a test
 };
 
 void define_lora_linear(py::module_& m);

@@ -100,8 +100,8 @@ static py::object grad_few(const Tensor& dy, py::handle weight) {
   const int64_t M = rows_of(dy);
   if (base.dense || !base.packed.tiled || !base.takes(M, dy.dtype())) return py::none();
   const Matrix from = matrix(op, "dy", dy, M, base.N, dy.dtype());
-  const py::object dx = allocate(dy, {M, base.K}, dy.dtype());
-  const Matrix to = matrix(op, "dx", borrowed(dx), M, base.K, dy.dtype());
+  const Result dx = allocate(dy, {M, base.K}, dy.dtype());
+  const Matrix to{dx.data, base.K, dy.dtype()};
   const int threads = num_threads();
   int status;
   {
@@ -109,7 +109,7 @@ static py::object grad_few(const Tensor& dy, py::handle weight) {
     status = linear4bit().grad_small({base.packed, M, from, to, threads});
   }
   check_status(status, op, M, base.K, base.N, 0);
-  return dx;
+  return dx.object;
 }
 
 void define_linear4bit(py::module_& m) {

@@ -34,11 +34,11 @@ py::object dequantize(py::handle weight, int dtype) {
   const char* const op = "linear4bit_dequantize";
   if (dtype < FLOAT32 || dtype > FLOAT16) throw py::value_error(text(op, ": no dtype has the code ", dtype));
   const Packed w = read(op, weight);
-  const py::object out = allocate(w.data, {w.N, w.K}, dtype);
+  const Result out = allocate(w.data, {w.N, w.K}, dtype);
   Launches launches(op, w.data);
-  launches.add(linear4bit_dequantize, Linear4bitDequantizeCuda{pointers(w), borrowed(out).data(), dtype});
+  launches.add(linear4bit_dequantize, Linear4bitDequantizeCuda{pointers(w), out.data, dtype});
   launches.run({{"N", w.N}, {"K", w.K}});
-  return out;
+  return out.object;
 }
 
 // Whether `small` runs at the rate of memory for x [M, K] over all of the weights.
@@ -73,12 +73,13 @@ py::list small(const Tensor& x, const std::vector<py::object>& weights, const Ma
     if (w.K != K || !w.data.same_device(x))
       throw py::value_error(
           text(pass.op, ": the weight must be [N, ", K, "] on x's device, got [", w.N, ", ", w.K, "]"));
-    ys[i] = allocate(x, {M, w.N}, pass.dtype);
+    const Result y = allocate(x, {M, w.N}, pass.dtype);
+    ys[i] = y.object;
     const int64_t R = b[i] && b[i].dim() == 2 ? b[i].size(1) : 0;
     Linear4bitSmallCuda call{pointers(w),
                              M,
                              from,
-                             pass.rows("y", borrowed(ys[i]), M, w.N),
+                             {y.data, w.N, pass.dtype},
                              pass.vector("bias", biases[i], w.N),
                              pass.vector("lora_bias", lora_biases[i], w.N),
                              R,

@@ -16,6 +16,20 @@ constexpr int64_t MAX_RANK = 512;
 using Tensors = std::vector<Tensor>;
 using MaybeTensors = std::vector<MaybeTensor>;
 
+// A number, or a float32 tensor [] or [R]; None where a projection has no adapter.
+struct ScaleArgument : Tensor {
+  float number = 0.0f;
+  bool is_number = false;
+
+  bool read(PyObject* object, bool raise) {
+    is_number = PyFloat_CheckExact(object) || PyLong_CheckExact(object);
+    if (!is_number) return borrow(object, this, raise);
+    number = (float)PyFloat_AsDouble(object);
+    return !PyErr_Occurred() || (PyErr_Clear(), false);
+  }
+};
+using Scales = std::vector<ScaleArgument>;
+
 // ---- arguments ----
 
 Tensor compute(const char* op, const char* argument, const Tensor& t) {
@@ -40,7 +54,8 @@ bool is_scale(const Tensor& t, int64_t R) {
   return t.dtype() == FLOAT32 && (t.dim() == 0 || (t.is({R}) && (R == 1 || t.stride(0) == 1)));
 }
 
-Scale scale_of(const char* op, const Tensor& t, int64_t R) {
+Scale scale_of(const char* op, const ScaleArgument& t, int64_t R) {
+  if (t.is_number) return {&t.number, 0};
   if (!t || !is_scale(t, R)) refuse(op, "scale", text("[] or [R] = [", R, "], contiguous, float32"), t);
   return {(const float*)t.data(), t.dim()};
 }
@@ -102,16 +117,16 @@ py::object down(const Tensor& x, const MaybeTensors& a, double p, const MaybeTen
     all.push_back({adapter(op, "a", a[i], R, K), R, column, (uint32_t)i, nullptr});
     column += R;
   }
-  const py::object s = allocate(x, {M, total}, dtype);
-  if (total == 0 || M == 0) return s;
-  const Matrix to = matrix(op, "s", borrowed(s), M, total, dtype);
+  const Result s = allocate(x, {M, total}, dtype);
+  if (total == 0 || M == 0) return s.object;
+  const Matrix to{s.data, total, dtype};
   run(op, M, K, 0, total,
       [&] { return lora_linear().down({M, K, from, to, all.data(), (int)all.size(), drop, threads}); });
-  return s;
+  return s.object;
 }
 
 // y_i += s_i (scale_i·B_i)ᵀ + lora_bias_i, in place
-py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const MaybeTensors& scales,
+py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Scales& scales,
               const MaybeTensors& lora_biases) {
   const char* const op = "lora_linear_up";
   const Tensors all = ys.cast<Tensors>();
@@ -136,7 +151,7 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Maybe
 }
 
 // -> t [M, ΣR] = dy (scale·B) or None, [dB_i], [dbias_i, float32]; None where not needed, and t 0, where there is no dy
-py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& b, const MaybeTensors& scales,
+py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& b, const Scales& scales,
                   bool wants_t, const std::vector<bool>& needs_b, const std::vector<bool>& needs_bias) {
   const char* const op = "lora_linear_grad_up";
   const size_t n = dys.size();
@@ -144,9 +159,8 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
   const int dtype = compute(op, "s", s).dtype(), threads = num_threads();
   const int64_t M = rows_of(s), total = s.size(-1);
   const Matrix ranks = matrix(op, "s", s, M, total, dtype);
-  py::object t = py::none();
-  Matrix to{nullptr, 0, dtype};
-  if (wants_t) t = allocate(s, {M, total}, dtype), to = matrix(op, "t", borrowed(t), M, total, dtype);
+  const Result t = wants_t ? allocate(s, {M, total}, dtype) : Result{};
+  const Matrix to{t.data, total, dtype};
   for (const Tensor& dy : dys)
     if (!dy && to.data && M && total) memset(to.data, 0, (size_t)(M * total) * (dtype == FLOAT32 ? 4 : 2));
   py::list dbs(n), dbiases(n);
@@ -162,18 +176,18 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
                           columns(to, first), nullptr, nullptr, FLOAT32, threads};
     if (b[i]) call.b = adapter(op, "b", b[i], N, R), call.scale = scale_of(op, scales[i], R);
     if (b[i] && needs_b[i]) {
-      const py::object db = allocate(s, {N, R}, b[i].dtype());
-      call.db = borrowed(db).data(), dbs[i] = db;
+      const Result db = allocate(s, {N, R}, b[i].dtype());
+      call.db = db.data, dbs[i] = db.object;
     }
     if (needs_bias[i]) {
-      const py::object dbias = allocate(s, {N}, FLOAT32);
-      call.dbias = borrowed(dbias).data(), dbiases[i] = dbias;
+      const Result dbias = allocate(s, {N}, FLOAT32);
+      call.dbias = dbias.data, dbiases[i] = dbias.object;
     }
     if ((wants_t && R) || call.db || call.dbias) calls.push_back(call);
   }
   if (column != total) refuse(op, "s", text("[M, ΣR] = [", M, ", ", column, "]"), s);
   for (const LoraLinearGradUp& call : calls) run(op, M, 0, call.N, call.R, [&] { return lora_linear().grad_up(call); });
-  return py::make_tuple(t, dbs, dbiases);
+  return py::make_tuple(t.object, dbs, dbiases);
 }
 
 // -> dx, to which Σ_i drop_i(t_i A_i) was added in place (None stays None), and [dA_i = t_iᵀ drop_i(x)] where needed.
@@ -203,8 +217,8 @@ py::tuple grad_down(py::object dx, const MaybeTensor& x, const Tensor& t, const 
     if (!live[i]) continue;
     if (needs_a[i]) {
       if (!x) refuse(op, "x", "a tensor where dA is needed", x);
-      const py::object da = allocate(t, {R, K}, a[i].dtype());
-      projection.da = borrowed(da).data(), das[i] = da;
+      const Result da = allocate(t, {R, K}, a[i].dtype());
+      projection.da = da.data, das[i] = da.object;
     }
     all.push_back(projection);
   }
@@ -225,9 +239,24 @@ struct Few {
   int64_t R;
   Scale scale;
   Vector bias, lora_bias;
-  int threads;
 
-  int operator()(const Base& base) const {
+  // Work so small that one thread does it, without giving the GIL away.
+  static constexpr double ALONE = 1e5;
+
+  void run(const Base& base) const {
+    const bool alone = (double)M * K * (base.N + R) < ALONE;
+    const int threads = alone ? 1 : num_threads();
+    int status;
+    if (alone) {
+      status = call(base, threads);
+    } else {
+      py::gil_scoped_release release;
+      status = call(base, threads);
+    }
+    check_status(status, "lora_linear, few rows", M, K, base.N, R);
+  }
+
+  int call(const Base& base, int threads) const {
     if (!base.dense)
       return linear4bit().small({base.packed, M, R, x, y, s, a, b, scale, bias, lora_bias, plan.dot, threads});
     const Matrix w{base.dense.data(), base.dense.stride(0) > K ? base.dense.stride(0) : K, x.dtype};
@@ -236,17 +265,18 @@ struct Few {
 };
 
 // y [..., N] as x has its leading dimensions
-py::object allocate_rows(const Tensor& x, int64_t N) {
-  std::vector<int64_t> shape(x.view.shape, x.view.shape + x.dim());
-  shape.back() = N;
-  return allocate(x, shape.data(), x.dim(), x.dtype());
+Result allocate_rows(const Tensor& x, int64_t N) {
+  int64_t shape[MAX_DIMS];
+  std::copy_n(x.view.shape, x.dim(), shape);
+  shape[x.dim() - 1] = N;
+  return allocate(x, shape, x.dim(), x.dtype());
 }
 
 // ---- one call as the public function has it ----
 
 struct Arguments {  // of one projection
-  Tensor a, b, scale, bias, lora_bias;
-  float number = 0.0f;
+  Tensor a, b, bias, lora_bias;
+  ScaleArgument scale;
   int64_t R = 0;
 
   // Whether all are what the kernels take as they are; no exception, no error set.
@@ -258,11 +288,7 @@ struct Arguments {  // of one projection
     R = a.size(0);
     if (R < 1 || R > MAX_RANK || !is_adapter(a, R, base.K) || !is_adapter(b, base.N, R)) return false;
     if (!a.same_device(x) || !b.same_device(x)) return false;
-    if (PyFloat_CheckExact(scale_) || PyLong_CheckExact(scale_)) {
-      number = (float)PyFloat_AsDouble(scale_);
-      return !PyErr_Occurred() || (PyErr_Clear(), false);
-    }
-    return borrow(scale_, &scale, false) && is_scale(scale, R) && scale.same_device(x);
+    return scale.read(scale_, false) && (scale.is_number || (is_scale(scale, R) && scale.same_device(x)));
   }
 
   static bool optional(PyObject* object, Tensor* out, const Tensor& x, int64_t N) {
@@ -276,9 +302,8 @@ struct Arguments {  // of one projection
     const auto rows = [&](const Tensor& t, int64_t width) -> Matrix {
       return t ? Matrix{t.data(), t.stride(0) > width ? t.stride(0) : width, t.dtype()} : Matrix{nullptr, 0, FLOAT32};
     };
-    const Scale scales{scale ? (const float*)scale.data() : &number, scale ? scale.dim() : 0};
-    return {M, K, {x.data(), K, x.dtype()}, y, s, rows(a, K), rows(b, R), R, scales, of(bias), of(lora_bias),
-            num_threads()};
+    const Scale scales{scale.is_number ? &scale.number : (const float*)scale.data(), scale ? scale.dim() : 0};
+    return {M, K, {x.data(), K, x.dtype()}, y, s, rows(a, K), rows(b, R), R, scales, of(bias), of(lora_bias)};
   }
 };
 
@@ -295,10 +320,9 @@ PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   const int64_t K = x.size(-1), M = rows_of(x);
   if (base.K != K || !base.takes(M, x.dtype())) Py_RETURN_NONE;
   if (!given.read(x, base, args[2], args[3], args[4], args[5], args[6]) || !plain_call()) Py_RETURN_NONE;
-  py::object y = allocate_rows(x, base.N);
-  const Few call = given.few(x, M, K, {borrowed(y).data(), base.N, x.dtype()}, {nullptr, 0, x.dtype()});
-  run("lora_linear", M, K, base.N, given.R, [&] { return call(base); });
-  return y.release().ptr();
+  Result y = allocate_rows(x, base.N);
+  given.few(x, M, K, {y.data, base.N, x.dtype()}, {nullptr, 0, x.dtype()}).run(base);
+  return y.object.release().ptr();
 } catch (py::error_already_set& error) {
   error.restore();
   return nullptr;
@@ -319,8 +343,25 @@ struct Lists {
   }
 };
 
-// lora_linear_few(x, weights, biases, a, b, scales, lora_biases), tuples of an entry a projection -> [y_i], s with
-// y_i = x W_iᵀ + bias_i + s_i (scale_i·B_i)ᵀ + lora_bias_i; or None, where a weight is not for the kernels of few rows.
+// y_i = x W_iᵀ + bias_i + s_i (scale_i·B_i)ᵀ + lora_bias_i of all projections, and s
+py::tuple compute_few(const Tensor& x, int64_t M, int64_t K, const std::vector<std::pair<Base, Arguments>>& all) {
+  int64_t total = 0;
+  for (const auto& [base, given] : all) total += given.R;
+  const Result s = allocate(x, {M, total}, x.dtype());
+  Matrix ranks{s.data, total, x.dtype()};
+  py::tuple ys(all.size());
+  for (size_t i = 0; i < all.size(); ++i) {
+    const auto& [base, given] = all[i];
+    const Result y = allocate_rows(x, base.N);
+    given.few(x, M, K, {y.data, base.N, x.dtype()}, ranks).run(base);
+    ranks = columns(ranks, given.R);
+    ys[i] = y.object;
+  }
+  return py::make_tuple(ys, s.object);
+}
+
+// lora_linear_few(x, weights, biases, a, b, scales, lora_biases), tuples of an entry a projection -> ([y_i], s); or None,
+// where a weight is not for the kernels of few rows, or an argument not as the kernels take it.
 PyObject* few(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (count != 7) return PyErr_Format(PyExc_TypeError, "lora_linear_few takes 7 arguments, got %zd", count);
   Tensor x;
@@ -328,51 +369,41 @@ PyObject* few(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (!borrow(args[0], &x, false) || x.view.device.type != dlpack::CPU || !x.is_real() || x.dim() < 1 ||
       !x.contiguous() || lists.n < 1)
     Py_RETURN_NONE;
-  const int64_t K = x.size(-1), M = rows_of(x);
+  const int64_t M = rows_of(x);
   std::vector<std::pair<Base, Arguments>> all(lists.n);
-  int64_t total = 0;
-  for (Py_ssize_t i = 0; i < lists.n; ++i) {
-    auto& [base, given] = all[i];
-    if (!lists.read(i, x, &base, &given) || !base.takes(M, x.dtype())) Py_RETURN_NONE;
-    total += given.R;
-  }
-  const py::object s = allocate(x, {M, total}, x.dtype());
-  Matrix ranks{borrowed(s).data(), total, x.dtype()};
-  py::list ys(lists.n);
-  for (Py_ssize_t i = 0; i < lists.n; ++i) {
-    const auto& [base, given] = all[i];
-    py::object y = allocate_rows(x, base.N);
-    const Few call = given.few(x, M, K, {borrowed(y).data(), base.N, x.dtype()}, ranks);
-    run("lora_linear_few", M, K, base.N, given.R, [&] { return call(base); });
-    ranks = columns(ranks, given.R);
-    ys[i] = std::move(y);
-  }
-  return py::make_tuple(ys, s).release().ptr();
+  for (Py_ssize_t i = 0; i < lists.n; ++i)
+    if (!lists.read(i, x, &all[i].first, &all[i].second) || !all[i].first.takes(M, x.dtype())) Py_RETURN_NONE;
+  return compute_few(x, M, x.size(-1), all).release().ptr();
 } catch (py::error_already_set& error) {
   error.restore();
   return nullptr;
 }
 
-// lora_linear_fits(x, weights, biases, a, b, scales, lora_biases) -> 1: the passes take all of it as it is, and some of
-// it requires grad; 0: none does; -1: not as it is, or autocast is on (the checks in Python say what is wrong).
-PyObject* fits(PyObject*, PyObject* const* args, Py_ssize_t count) try {
-  if (count != 7) return PyErr_Format(PyExc_TypeError, "lora_linear_fits takes 7 arguments, got %zd", count);
-  const auto answer = [](int n) { return PyLong_FromLong(n); };
+// lora_linear_begin(compute, x, weights, biases, a, b, scales, lora_biases) -> (fits, found)
+// fits: 1, the passes take all of it as it is, in a plain call, and some of it requires grad; 0, none does; -1, not as it
+// is, or not plain (the checks in Python say what is wrong). found: what lora_linear_few gives, if `compute`, else None.
+PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t count) try {
+  if (count != 8) return PyErr_Format(PyExc_TypeError, "lora_linear_begin takes 8 arguments, got %zd", count);
+  static PyObject* const no = py::make_tuple(-1, py::none()).release().ptr();
   Tensor x;
-  if (answers_true(torch_.watchers[0]) || !borrow(args[0], &x, false) || !x.is_real() || x.dim() < 1) return answer(-1);
+  const Lists lists(args + 2);
+  if (lists.n < 1 || !borrow(args[1], &x, false) || !x.is_real() || x.dim() < 1 || !plain_call()) return Py_NewRef(no);
   const bool grad = answers_true(torch_.is_grad_enabled);
   bool needed = requires_grad(x);
-  const Lists lists(args + 1);
+  const int64_t M = rows_of(x);
+  bool is_few = args[0] == Py_True && x.view.device.type == dlpack::CPU && x.contiguous();
+  std::vector<std::pair<Base, Arguments>> all(lists.n);
   for (Py_ssize_t i = 0; i < lists.n; ++i) {
-    Base base;
-    Arguments given;
-    if (!lists.read(i, x, &base, &given)) return answer(-1);
-    if (grad && (requires_grad(base.dense) || requires_grad(given.scale))) return answer(-1);
+    auto& [base, given] = all[i];
+    if (!lists.read(i, x, &base, &given)) return Py_NewRef(no);
+    if (grad && (requires_grad(base.dense) || requires_grad(given.scale))) return Py_NewRef(no);
     needed = needed || requires_grad(given.a) || requires_grad(given.b) || requires_grad(given.bias) ||
              requires_grad(given.lora_bias);
+    is_few = is_few && base.takes(M, x.dtype());
   }
-  if (lists.n < 1) return answer(-1);
-  return answer(grad && needed);
+  py::object found = py::none();
+  if (is_few) found = compute_few(x, M, x.size(-1), all);
+  return py::make_tuple((int)(grad && needed), found).release().ptr();
 } catch (py::error_already_set& error) {
   error.restore();
   return nullptr;
@@ -391,10 +422,25 @@ PyMethodDef fast_method(const char* name, FastCall call, const char* doc) {
 PyMethodDef FAST_METHODS[] = {
     fast_method("lora_linear_plain", plain, "y of a plain inference call of few rows, or None."),
     fast_method("lora_linear_few", few, "ys and s of few rows, base included, or None."),
-    fast_method("lora_linear_fits", fits, "Whether the passes take these arguments as they are: 1, 0 or -1."),
+    fast_method("lora_linear_begin", begin, "Whether the passes take these arguments as they are, and few rows' results."),
 };
 
 }  // namespace
+
+}  // namespace fastpeft
+
+namespace pybind11::detail {
+template <>
+struct type_caster<fastpeft::ScaleArgument> {
+  PYBIND11_TYPE_CASTER(fastpeft::ScaleArgument, const_name("float | torch.Tensor | None"));
+  bool load(handle source, bool) {
+    if (!source.is_none() && !value.read(source.ptr(), true)) throw error_already_set();
+    return true;
+  }
+};
+}  // namespace pybind11::detail
+
+namespace fastpeft {
 
 void define_lora_linear(py::module_& m) {
   using namespace py::literals;

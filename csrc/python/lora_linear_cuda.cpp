@@ -113,9 +113,9 @@ py::object down(const Tensor& x, const MaybeTensors& a, double p, const MaybeTen
   for (const Tensor& each : a)
     if (each && each.size(1) != K) refuse(pass.op, "a", text("[R, K] = [R, ", K, "]"), each);
   all.erase(std::remove_if(all.begin(), all.end(), [](const Projection& each) { return !each.R; }), all.end());
-  const py::object s = allocate(x, {M, total}, pass.dtype);
-  const Matrix to = pass.rows("s", borrowed(s), M, total);
-  if (M == 0) return s;
+  const Result s = allocate(x, {M, total}, pass.dtype);
+  const Matrix to{s.data, total, pass.dtype};
+  if (M == 0) return s.object;
   for (const Chunk& chunk : chunks(all)) {
     Launches launches(pass);
     const Matrix packed = pack(launches, pass, chunk, K, false, ONE), out = columns(to, chunk.first);
@@ -130,7 +130,7 @@ py::object down(const Tensor& x, const MaybeTensors& a, double p, const MaybeTen
                    LoraLinearSum{(const float*)sums.data, parts, M * columns, M, columns, out, nullptr, 0});
     launches.run({{"M", M}, {"K", K}, {"R", total}});
   }
-  return s;
+  return s.object;
 }
 
 // y_i += s_i (scale_i·B_i)ᵀ + lora_bias_i, in place
@@ -168,8 +168,8 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
   int64_t total, M = rows_of(s);
   const Projections all = projections(pass, b, true, &total);
   const Matrix ranks = pass.rows("s", s, M, total), none{nullptr, 0, FLOAT32};
-  const py::object t = wants_t ? allocate(s, {M, total}, pass.dtype) : py::none();
-  const Matrix to = wants_t ? pass.rows("t", borrowed(t), M, total) : none;
+  const Result t = wants_t ? allocate(s, {M, total}, pass.dtype) : Result{};
+  const Matrix to{t.data, total, pass.dtype};
   py::list dbs(n), dbiases(n);
   for (size_t i = 0; i < n; ++i) {
     dbs[i] = py::none(), dbiases[i] = py::none();
@@ -194,12 +194,12 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
     };
     Matrix db = none, dbias = none;
     if (b[i] && needs_b[i]) {
-      dbs[i] = allocate(s, {N, R}, b[i].dtype());
-      db = {borrowed(dbs[i]).data(), R, b[i].dtype()};
+      const Result made = allocate(s, {N, R}, b[i].dtype());
+      dbs[i] = made.object, db = {made.data, R, b[i].dtype()};
     }
     if (needs_bias[i]) {
-      dbiases[i] = allocate(s, {N}, FLOAT32);
-      dbias = {borrowed(dbiases[i]).data(), N, FLOAT32};
+      const Result made = allocate(s, {N}, FLOAT32);
+      dbiases[i] = made.object, dbias = {made.data, N, FLOAT32};
     }
     if (!ds.data && !db.data && !dbias.data) continue;
     const Matrix packed = ds.data ? pack(launches, pass, chunk, N, true, scale) : none;
@@ -224,7 +224,7 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
     if (dbias.data) launches.add(lora_linear_sum, LoraLinearSum{call.sums, count, N, 1, N, dbias, nullptr, 0});
     launches.run({{"M", M}, {"N", N}, {"R", R}});
   }
-  return py::make_tuple(t, dbs, dbiases);
+  return py::make_tuple(t.object, dbs, dbiases);
 }
 
 // -> dx, to which Σ_i drop_i(t_i A_i) was added in place (None stays None), and [dA_i = t_iᵀ drop_i(x)] where needed.
@@ -252,9 +252,10 @@ py::tuple grad_down(py::object dx, const MaybeTensor& x, const Tensor& t, const 
     if (needs_a[i] && !x) refuse(pass.op, "x", "a tensor where dA is needed", x);
     if (all[i].R) through.push_back(all[i]);
     if (!needs_a[i]) continue;
-    das[i] = allocate(t, {all[i].R, K}, a[i].dtype());
+    const Result da = allocate(t, {all[i].R, K}, a[i].dtype());
+    das[i] = da.object;
     trained.push_back(all[i]);
-    trained.back().da = {borrowed(das[i]).data(), K, a[i].dtype()};
+    trained.back().da = {da.data, K, a[i].dtype()};
   }
   if (out)
     for (const Chunk& chunk : chunks(through))

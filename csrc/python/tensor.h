@@ -233,34 +233,41 @@ inline dlpack::Managed* allocate_managed(const Tensor& like, const int64_t* shap
   return made;
 }
 
+inline void* data_of(const dlpack::View& view) { return view.data ? (char*)view.data + view.byte_offset : nullptr; }
+
+constexpr int MAX_DIMS = 64;  // as PyTorch has it
+
+struct Result {
+  py::object object = py::none();
+  void* data = nullptr;
+};
+
 // A new contiguous tensor on `like`'s device, by PyTorch's allocator. The GIL is held.
-inline py::object allocate(const Tensor& like, const int64_t* shape, int dims, int dtype) {
-  const bool on_cpu = like.view.device.type == dlpack::CPU;
-  if (on_cpu && !torch_.allocate_instead) {
-    void* object = nullptr;
-    if (torch_.api->object_from_managed(allocate_managed(like, shape, dims, dtype), &object))
-      throw py::error_already_set();
-    return py::reinterpret_steal<py::object>((PyObject*)object);
+inline Result allocate(const Tensor& like, const int64_t* shape, int dims, int dtype) {
+  PyObject* object = nullptr;
+  if (like.view.device.type == dlpack::CPU && !torch_.allocate_instead) {
+    dlpack::Managed* made = allocate_managed(like, shape, dims, dtype);
+    void* const data = data_of(made->tensor);
+    if (torch_.api->object_from_managed(made, (void**)&object)) throw py::error_already_set();
+    return {py::reinterpret_steal<py::object>(object), data};
   }
   py::tuple sizes(dims);
   for (int i = 0; i < dims; ++i) sizes[i] = shape[i];
-  if (torch_.allocate_instead) return py::handle(torch_.allocate_instead)(sizes, dtype);
-  // by torch.empty: record_stream does nothing to a tensor that DLPack has made
-  const auto device = py::reinterpret_steal<py::object>(PyObject_GetAttr(like.object, torch_.device));
-  if (!device) throw py::error_already_set();
-  PyObject* arguments[] = {sizes.ptr(), torch_.dtypes[dtype], device.ptr()};
-  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch_.empty, arguments, 1, torch_.empty_keywords));
-  if (!made) throw py::error_already_set();
-  return made;
-}
-inline py::object allocate(const Tensor& like, std::initializer_list<int64_t> shape, int dtype) {
-  return allocate(like, shape.begin(), (int)shape.size(), dtype);
-}
-
-inline Tensor borrowed(const py::object& object) {
+  if (torch_.allocate_instead) {
+    object = py::object(py::handle(torch_.allocate_instead)(sizes, dtype)).release().ptr();
+  } else {  // record_stream does nothing to a tensor that DLPack has made
+    const auto device = py::reinterpret_steal<py::object>(PyObject_GetAttr(like.object, torch_.device));
+    PyObject* arguments[] = {sizes.ptr(), torch_.dtypes[dtype], device.ptr()};
+    if (device) object = PyObject_Vectorcall(torch_.empty, arguments, 1, torch_.empty_keywords);
+  }
+  Result result{py::reinterpret_steal<py::object>(object)};
   Tensor t;
-  if (!borrow(object.ptr(), &t, true)) throw py::error_already_set();
-  return t;
+  if (!object || !borrow(object, &t, true)) throw py::error_already_set();
+  result.data = t.data();
+  return result;
+}
+inline Result allocate(const Tensor& like, std::initializer_list<int64_t> shape, int dtype) {
+  return allocate(like, shape.begin(), (int)shape.size(), dtype);
 }
 
 // ---- checks in sentences ----

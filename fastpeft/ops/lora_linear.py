@@ -9,7 +9,6 @@ Everything is a group of projections that read one x; a single layer is a group 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ Optionals = Sequence[torch.Tensor | None]
 
 _module = native.cpu()
 plain = _module.lora_linear_plain if _module else lambda *call: None  # a plain inference call of few rows, or None
-_fits = _module.lora_linear_fits if _module else lambda *call: -1  # whether the passes take all as it is, see there
+_begin = _module.lora_linear_begin if _module else lambda *call: (-1, None)  # looks at all arguments at once, see there
 
 
 def lora_linear(
@@ -127,35 +126,35 @@ def lora_linear_group(
 
 def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[torch.Tensor]:
     """-> [y_i]. lists: weights, biases, a, b, scales, lora_biases, tuples."""
-    plain, needs_grad = plain_call(x), -1
-    if plain and 0.0 <= p < 1.0 and in_scale is None and out_scale is None:
-        needs_grad = _fits(x, *lists)
-    fits = needs_grad >= 0
+    needs_grad, found = -1, None  # found: ys and s, where the CPU had them in the call that looked at the arguments
+    on_cpu = allows("cpu")
+    if 0.0 <= p < 1.0 and in_scale is None and out_scale is None and not is_compiling():
+        needs_grad, found = _begin(on_cpu and p == 0.0, x, *lists)
+    plain = fits = needs_grad >= 0
     if not fits:
         x, lists = _autocast(x, lists)
         _check.call(op, x, lists, p)
         scales = [s for s in (in_scale, out_scale, *lists[4]) if isinstance(s, torch.Tensor)]
-        if (
-            in_scale is not None
-            or out_scale is not None
-            or p == 1.0
-            or any(s.requires_grad for s in scales)
-            or transformed()
-        ):
+        if in_scale is not None or out_scale is not None or p == 1.0 or any(s.requires_grad for s in scales) or transformed():
             return _by_definition(op, x, lists, p, seed, in_scale, out_scale)
-        lists = _as_kernels_read(x, lists)
+        plain, lists = plain_call(x), _as_kernels_read(x, lists)
         tensors = [t for ts in lists for t in ts if isinstance(t, torch.Tensor)]
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
-    weights, biases, a, b, scales, lora_biases = lists
-    scales = tuple(None if a_i is None else _scale(scale, x, plain) for a_i, scale in zip(a, scales))
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in tensors]))
     seed = _check.seed_tensor(op, seed, x.device) if p else None
     passes: Any = forced()
-    if plain:
-        passes = cpu if fits and x.is_cpu and allows("cpu") else choose("lora_linear", BACKENDS, (x, a, b), passes)
+    if plain and fits and on_cpu and x.is_cpu:
+        passes = cpu
+    else:
+        weights, biases, a, b, scales, lora_biases = lists
+        scales = tuple([None if a_i is None else _scale(scale, x) for a_i, scale in zip(a, scales)])
+        lists = weights, biases, a, b, scales, lora_biases
+        if plain:
+            passes = choose("lora_linear", BACKENDS, (x, a, b), passes)
     if needs_grad:
-        tensors, quants, forms = split(weights)
-        return LoraLinear.apply(passes, forms, p, x, seed, *tensors, *biases, *a, *b, *scales, *lora_biases, *quants)
-    return forward(_passes(passes), x, weights, biases, a, b, scales, lora_biases, p, seed)[0]
+        call = passes, lists, p, seed, found
+        apply = _apply if plain else LoraLinear.apply
+        return apply(call, x, *lists[1], *lists[2], *lists[3], *lists[5])
+    return (found or forward(_passes(passes), x, *lists, p, seed))[0]
 
 
 def _passes(of: Any) -> Any:
@@ -198,20 +197,12 @@ def _as_kernels_read(x, lists):
     )
 
 
-def _scale(scale: Any, x: torch.Tensor, plain: bool) -> torch.Tensor:
+def _scale(scale: Any, x: torch.Tensor) -> torch.Tensor:
     """[] or [R], float32 (float64 with x), on x's device: as a tensor it can change without recompiling."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     if isinstance(scale, torch.Tensor):
-        return scale.to(torch.promote_types(x.dtype, torch.float32))
-    if plain and x.is_cpu and x.dtype != torch.float64:
-        return _constant(scale)
-    return torch.full((), scale, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _constant(value: float) -> torch.Tensor:
-    """A number as a float32 CPU tensor, made once."""
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=torch.float32, device="cpu")
+        return scale.to(wide)
+    return torch.full((), scale, dtype=wide, device=x.device)
 
 
 def _by_definition(op: str, x, lists, p, seed, in_scale, out_scale) -> list[torch.Tensor]:
@@ -275,62 +266,61 @@ def backward(passes, dys, x, s, weights, a, b, scales, p, seed, needs_x, needs_a
 
 
 class LoraLinear(torch.autograd.Function):
-    """apply(passes, forms, p, x, seed, *weights, *biases, *a, *b, *scales, *lora_biases, *quants) -> ys
-
-    Flat, for autograd looks into no list. A 4-bit weight goes as its bytes among the weights, its scales in `quants` (three
-    each) and the rest as ints in `forms`. passes: see `_passes`.
-    """
+    """apply(call, x, *biases, *a, *b, *lora_biases) -> ys;  call: passes (see `_passes`), the lists of `forward`, p, seed, and
+    what forward gives, where that is known already. Autograd looks into no list: what may need a gradient stands outside."""
 
     @staticmethod
-    def forward(ctx, passes, forms, p, x, seed, *flat):
-        weights, biases, a, b, scales, lora_biases, quants = _by_kind(flat, forms)
-        of = join(weights, quants, forms)
-        ys, s = forward(_passes(passes), x, of, biases, a, b, scales, lora_biases, p, seed)
-        needs = _by_kind(ctx.needs_input_grad[5:], forms)
+    def forward(ctx, call, x, *flat):
+        passes, lists, p, seed, found = call
+        ys, s = found or forward(_passes(passes), x, *lists, p, seed)
+        weights, _, a, b, scales, _ = lists
+        n = len(a)
+        tensors, quants, forms = split(weights)
         ctx.set_materialize_grads(False)
-        ctx.call = passes, forms, p, ctx.needs_input_grad[3], needs
-        # without an A to train x is not read again (LoRA-FA, BitFit)
-        ctx.save_for_backward(x if any(needs[2]) else None, s, seed, *weights, *a, *b, *scales, *quants)
+        ctx.call = passes, forms, p, scales if passes is cpu else None
+        trains_a = True in ctx.needs_input_grad[2 + n : 2 + 2 * n]  # else x is not read again (LoRA-FA, BitFit)
+        saved_scales = [t if isinstance(t, torch.Tensor) else None for t in scales]
+        ctx.save_for_backward(x if trains_a else None, s, seed, *tensors, *a, *b, *saved_scales, *quants)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys):
-        saved = ctx.saved_tensors  # checkpointing lets them be unpacked once only
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad  # checkpointing lets them be unpacked once only
         if not torch.is_grad_enabled():
-            return _gradients(ctx.call, saved, dys)
+            return _gradients(ctx.call, needs, saved, dys)
         with torch.no_grad():
-            out = _gradients(ctx.call, saved, dys)
+            out = _gradients(ctx.call, needs, saved, dys)
         if not is_compiling():  # create_graph=True
             sources = [t for t in (*saved, *dys) if t is not None and t.requires_grad]
-            out = tuple(None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out)
+            out = tuple([None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out])
         return out
 
 
-def _by_kind(flat, forms):
-    """(*weights, *biases, ..., *lora_biases, *quants) -> those seven"""
-    n = len(flat) // (9 if forms else 6)
-    return *(flat[i : i + n] for i in range(0, 6 * n, n)), flat[6 * n :]
+# For plain calls: past what `apply` does for functorch and for defaults of arguments (3.7 of the 9 µs of an empty Function).
+_apply = super(torch.autograd.Function, LoraLinear).apply
 
 
-def _gradients(call, saved, dys):
-    passes, forms, p, needs_x, needs = call
+def _gradients(call, needs, saved, dys):
+    passes, forms, p, numbers = call
     x, s, seed, *flat = saved
     n = len(dys)
-    weights, a, b, scales = (flat[i : i + n] for i in range(0, 4 * n, n))
-    _, wants_bias, wants_a, wants_b, _, wants_lora_bias, quants = needs
-    dx, none = None, (None,) * n
-    das, dbs, dbiases = none, none, none
-    if any(dy is not None for dy in dys):
-        if not isinstance(passes, str) and not all(dy is None or plain_call(dy) for dy in dys):
-            passes = forced()
+    weights, a, b, scales = flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n : 4 * n]
+    if numbers is not None:
+        scales = [number if t is None else t for number, t in zip(numbers, scales)]
+    wants_bias, wants_a, wants_b, wants_lora_bias = [needs[i : i + n] for i in range(2, 2 + 4 * n, n)]
+    none = (None,) * n
+    dx, das, dbs, dbiases = None, none, none, none
+    if any([dy is not None for dy in dys]):
+        if not isinstance(passes, str) and not all([dy is None or plain_call(dy) for dy in dys]):
+            passes, scales = forced(), [None if t is None else _scale(t, s) for t in scales]
+        wants_sum = [one or two for one, two in zip(wants_bias, wants_lora_bias)]
+        weights = join(weights, flat[4 * n :], forms)
         dx, das, dbs, dbiases = backward(
-            _passes(passes), dys, x, s, join(weights, flat[4 * n :], forms), a, b, scales, p, seed, needs_x, wants_a,
-            wants_b, [one or two for one, two in zip(wants_bias, wants_lora_bias)],
-        )  # fmt: skip
-    dbias, dlora_bias = (
-        [g if want else None for g, want in zip(dbiases, wants)] for wants in (wants_bias, wants_lora_bias)
-    )
-    return None, None, None, dx, None, *none, *dbias, *das, *dbs, *none, *dlora_bias, *(None for _ in quants)
+            _passes(passes), dys, x, s, weights, a, b, scales, p, seed, needs[1], wants_a, wants_b, wants_sum
+        )
+    dbias = [g if want else None for g, want in zip(dbiases, wants_bias)]
+    dlora_bias = [g if want else None for g, want in zip(dbiases, wants_lora_bias)]
+    return None, dx, *dbias, *das, *dbs, *dlora_bias
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from ._measure import Timer, time_cuda
+from .rounds import Timer, time_cuda
 
 WARM, COLD, WALL = "device, warm L2", "device, cold L2", "wall"
 _QUERY = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
@@ -24,7 +24,7 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # backward of what the warm-up built runs there too
         kept = function()
 
     def replay() -> object:

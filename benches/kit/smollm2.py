@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._fetch import MODEL, REVIEWS, FetchError, cache_dir, fetch
+from .fetch import MODEL, REVIEWS, FetchError, cache_dir, fetch
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -61,6 +61,7 @@ def load(where: str, dtype: torch.dtype, device: str) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is deprecated is no news to who runs a benchmark
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
     except (OSError, ValueError) as error:

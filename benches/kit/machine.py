@@ -11,12 +11,24 @@ from pathlib import Path
 
 import torch
 
-from fastpeft import _native
+from fastpeft import native
+from fastpeft.backends import plans
 from fastpeft.machine import cpu, cpu_flags, cpuinfo, version
 
-SCHEMA = 1  # of a line in a results file
+from . import cuda
+
+SCHEMA = 2  # of a line in a results file
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 _PACKAGES = ("torch", "peft", "transformers", "numpy", "triton", "bitsandbytes", "kernels", "fastpeft")
+
+
+KINDS = {
+    "Z": "AMD, AVX512-BF16",
+    "E": "Intel, AVX512-BF16, no AMX",
+    "A": "Intel, AMX",
+    "avx512": "AVX-512, no BF16",
+    "avx2": "AVX2",
+}  # what a reader is told of `plans.kind()`
 
 
 def last_level_cache() -> int:
@@ -36,9 +48,14 @@ def cores() -> int:
     return cpu()["cores"]
 
 
+def has_bf16() -> bool:
+    """Whether the CPU has instructions that compute in bf16."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags()))
+
+
 def _git(*arguments: str) -> str | None:
     here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
+    if not (here.parents[1] / ".git").exists():
         return None
     try:
         run = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
@@ -50,13 +67,14 @@ def _git(*arguments: str) -> str | None:
 @functools.cache
 def describe(device: str = "cpu") -> dict[str, object]:
     """Machine, versions and commit, as every line of a results file carries them."""
-    native = _native.cpu()
+    module = native.cpu()
     machine: dict[str, object] = {
+        "kind": plans.kind(),
         "cpu": cpu()["model"],
         "family": "/".join(cpuinfo().get(k, "?") for k in ("cpu family", "model", "stepping")),
         "isa": [flag for flag in _FLAGS if flag in cpu_flags()],
         "amx": cpu()["amx"],
-        "native_isa": None if native is None else str(native.isa()),
+        "native_isa": None if module is None else str(module.isa()),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "last_level_cache": last_level_cache(),
@@ -76,43 +94,37 @@ def describe(device: str = "cpu") -> dict[str, object]:
     }
 
 
-def machine_key() -> str:
-    """Tells one machine from another in file names and when results are resumed."""
-    machine = describe()["machine"]
-    assert isinstance(machine, dict)
-    return f"{machine['cpu']} {machine['family']} {machine['cores']}x {machine['threads']}t"
-
-
-def _best_seconds(function: Callable[[], object], seconds: float, device: str) -> float:
-    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+def _best_seconds(function: Callable[[], object], seconds: float = 0.7) -> float:
     function()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        sync()
         start = time.perf_counter()
         function()
-        sync()
         best = min(best, time.perf_counter() - start)
     return best
 
 
 @functools.cache
-def read_bandwidth(device: str = "cpu") -> float:
+def read_bandwidth() -> float:
     """Bytes a second at which all threads read memory past the last-level cache (the best of many)."""
-    count = min(max(2 * last_level_cache(), 256 << 20), 1 << 30) // 4
-    data = torch.ones(count, dtype=torch.float32, device=device)
-    return count * 4 / _best_seconds(data.sum, 0.7, device)
+    data = torch.ones(min(max(2 * last_level_cache(), 256 << 20), 1 << 30) // 4)
+    return data.nbytes / _best_seconds(data.sum)
 
 
 @functools.cache
-def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """FLOP a second of a 1024 x 2048 x 2048 matmul in `dtype` (the best of many).
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP a second of a 1024 x 2048 x 2048 matmul in `dtype` on the CPU (the best of many).
 
-    On a CPU no lower than fp32's: some compute bf16 slower than that, and widening it is allowed.
+    No lower than fp32's: some CPUs compute bf16 slower than that, and widening it is allowed.
     """
-    m, n, k = (8192, 4096, 4096) if device.startswith("cuda") else (1024, 2048, 2048)
-    x = torch.randn(m, k, dtype=dtype, device=device)
-    w = torch.randn(n, k, dtype=dtype, device=device)
-    rate = 2 * m * n * k / _best_seconds(lambda: torch.nn.functional.linear(x, w), 0.7, device)
-    widened = dtype in (torch.bfloat16, torch.float16) and not device.startswith("cuda")
-    return max(rate, matmul_rate(torch.float32, device)) if widened else rate
+    m, n, k = 1024, 2048, 2048
+    x, w = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+    rate = 2 * m * n * k / _best_seconds(lambda: torch.nn.functional.linear(x, w))
+    return max(rate, matmul_rate(torch.float32)) if dtype in (torch.bfloat16, torch.float16) else rate
+
+
+def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """(FLOP, bytes) a second at best: by these rates floors are made."""
+    if device.startswith("cuda"):
+        return cuda.matrix_rate(dtype), cuda.copy_bandwidth()
+    return matmul_rate(dtype), read_bandwidth()

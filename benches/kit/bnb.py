@@ -10,11 +10,6 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-EVAL = "bitsandbytes eval"  # its layer in eval mode: its own packing and kernel, where the CPU has AVX512-BF16
-TRAINING = "bitsandbytes training"  # its layer in training mode: matmul_4bit
-DEQUANTISE = "bitsandbytes dequantise + GEMM"  # dequantize_4bit, then the dense layer
-INT4 = "torch int4"  # another format: affine int4 in groups of 64, packed ahead
-PEFT_4BIT = "PEFT + bitsandbytes"
 BLOCK = 64
 
 

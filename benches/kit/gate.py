@@ -7,7 +7,7 @@ recorded one. Rules:
   - one baseline file a kind of GPU; a baseline of another kind is refused (exit code 2)
   - no baseline yet: this run is recorded as one, it says so, and the exit code is 0
   - a recorded row that is missing now, or whose result is wrong now, fails; a new row is reported and passes
-  - rows that were too noisy or void, now or then, are listed and neither pass nor fail
+  - rows that were noisy, now or then, are listed and neither pass nor fail
   - a new baseline is a reviewed commit: delete the file, run again, commit what was recorded
 """
 
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._measure import OK, Estimate
+from .rounds import OK, Estimate
 
 RECORDED, PASSED, FAILED, REFUSED = "recorded", "passed", "failed", "refused"
 CODES = {RECORDED: 0, PASSED: 0, FAILED: 1, REFUSED: 2}
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ def ratios(result: dict[str, Any]) -> dict[str, tuple[str, Estimate]]:
     found = {}
     for row in result["rows"]:
         state = "wrong" if "fastpeft" in row.get("wrong", ()) else row["validity"][0]
-        times = row.get("time", {}) | ({"dropout 0": row["ratio"]} if "ratio" in row else {})
-        for peer, values in times.items():
+        for peer, values in row["time"].items():
             found[f"{row['key']} | over {peer}"] = (state, Estimate.from_json(values))
     return found
 

@@ -1,14 +1,14 @@
 """Paired timing on a noisy machine, and the statistics that go with it.
 
-One *round* times every function once, in one process, in alternating order. A round is dropped when this process's
-threads waited for a CPU for more than 0.4 % of it. From the rounds that are kept:
+One *round* times every function once, in one process, in alternating order. Rounds in which this process's threads waited
+for a CPU for more than 0.4 % of the time are dropped while 30 others remain; where fewer would, all are kept. From these:
 
     ratio           median over rounds of t_a / t_b
-    overhead        median over rounds of t_a / t_frozen - 1
+    overhead        median over rounds of t_a / t_reference - 1
     overhead ratio  median overhead of a / median overhead of b
 
-each with a 95 % bootstrap interval over rounds. The first function is run once more under another name (the A/A row):
-what it shows is noise, and a table whose A/A row is off, or too wide for what is claimed, is void.
+each with a 95 % bootstrap interval over rounds. The reference is run once more under another name (the A/A row): what that
+shows is noise, and where its interval leaves 0.98-1.02 nothing is claimed from the rounds.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 DELAY_LIMIT = 0.004  # share of a round spent waiting for a CPU above which it is dropped
-ROUNDS_NEEDED = 30  # fewer kept rounds than this are never a verdict
+ROUNDS_NEEDED = 30  # undisturbed rounds; where there are fewer, disturbed ones count too
+LEAST_ROUNDS = 6  # below, the bootstrap of a median spans less than 95 %
 AA_LOW, AA_HIGH = 0.98, 1.02
+MOST = 200  # undisturbed rounds: more make no narrower an interval worth the time
 RESAMPLES = 2000
-AGAIN = "frozen again"  # the A/A row
-FROZEN = "frozen"
+FROZEN, AGAIN = "frozen", "frozen again"  # the usual reference, and the A/A row's name for any reference
 
-OK, VOID, TOO_NOISY = "ok", "void", "too noisy"
+OK, NOISY = "ok", "noisy"
 
 Timer = Callable[[Callable[[], object], int], float]
 
@@ -107,59 +110,65 @@ def timer_for(device: str) -> Timer:
 
 @dataclass
 class Samples:
-    """Seconds per call of every function in the rounds that were kept."""
+    """Seconds per call of every function, round by round: undisturbed rounds, and apart from them disturbed ones."""
 
     seconds: dict[str, list[float]]
-    rounds: int = 0  # all rounds, dropped ones too
+    disturbed: dict[str, list[float]] = field(default_factory=dict)
+    rounds: int = 0  # all that were run; more than are here where a file left disturbed ones out
     delay_known: bool = True
-    dropped: dict[str, list[float]] = field(default_factory=dict)  # the other rounds': no verdict rests on them
+
+    @property
+    def undisturbed(self) -> int:
+        return min((len(v) for v in self.seconds.values()), default=0)
 
     @property
     def kept(self) -> int:
-        return min((len(v) for v in self.seconds.values()), default=0)
-
-    def all_rounds(self) -> Samples:
-        """Dropped rounds too: what to show where nothing else is left, beside the words "too noisy"."""
-        seconds = {name: times + self.dropped.get(name, []) for name, times in self.seconds.items()}
-        return Samples(seconds, self.rounds, self.delay_known)
+        """Rounds that the figures rest on."""
+        return len(self.times(next(iter(self.seconds)))) if self.seconds else 0
 
     def times(self, name: str) -> np.ndarray:
-        return np.asarray(self.seconds[name], dtype=np.float64)
+        enough = self.undisturbed >= ROUNDS_NEEDED
+        return np.asarray(self.seconds[name] + ([] if enough else self.disturbed.get(name, [])), dtype=np.float64)
 
     def median(self, name: str) -> float:
-        return float(np.median(self.times(name))) if self.kept else math.nan
+        times = self.times(name)
+        return float(np.median(times)) if len(times) else math.nan
+
+    def about(self) -> str:
+        """Which rounds the figures rest on, for the tables."""
+        if self.undisturbed >= ROUNDS_NEEDED:
+            return f"{self.undisturbed} of {self.rounds}"
+        return (
+            f"all {self.kept}" if self.kept == self.rounds else f"{self.kept} of {self.rounds}, the rest not recorded"
+        )
 
     def ratio(self, a: str, b: str) -> Estimate:
         """Time of a over time of b."""
         return median_interval(self.times(a) / self.times(b))
 
-    def overhead(self, a: str, frozen: str = FROZEN) -> Estimate:
-        """Time of a over the frozen layer alone, less 1."""
-        return median_interval(self.times(a) / self.times(frozen) - 1)
+    def overhead(self, a: str, reference: str = FROZEN) -> Estimate:
+        """Time of a over the reference, less 1."""
+        return median_interval(self.times(a) / self.times(reference) - 1)
 
-    def overhead_ratio(self, a: str, b: str, frozen: str = FROZEN) -> Estimate:
+    def overhead_ratio(self, a: str, b: str, reference: str = FROZEN) -> Estimate:
         """Overhead of a over overhead of b; undefined where b's is not clearly above zero."""
-        base = self.times(frozen)
+        base = self.times(reference)
         return median_ratio_interval(self.times(a) / base - 1, self.times(b) / base - 1)
 
     def best(self, names: Iterable[str]) -> str:
         return min(names, key=self.median)
 
     def as_json(self) -> dict[str, object]:
-        seconds, dropped = (
-            {k: [float(f"{t:.5g}") for t in v] for k, v in times.items()} for times in (self.seconds, self.dropped)
-        )
-        about = {"rounds": self.rounds, "kept": self.kept, "delay_known": self.delay_known}
-        return {"seconds": seconds, **about, **({"dropped": dropped} if self.dropped and not self.kept else {})}
+        def short(times: dict[str, list[float]]) -> dict[str, list[float]]:
+            return {k: [float(f"{t:.5g}") for t in v] for k, v in times.items()}
+
+        disturbed = {} if self.undisturbed >= ROUNDS_NEEDED else short(self.disturbed)
+        about = {"rounds": self.rounds, "delay_known": self.delay_known}
+        return {"seconds": short(self.seconds), "disturbed": disturbed, **about}
 
     @staticmethod
-    def from_json(data: Mapping[str, object]) -> Samples:
-        return Samples(
-            {k: list(v) for k, v in data["seconds"].items()},  # type: ignore[attr-defined]
-            int(data["rounds"]),  # type: ignore[call-overload]
-            bool(data["delay_known"]),
-            {k: list(v) for k, v in data.get("dropped", {}).items()},  # type: ignore[attr-defined]
-        )
+    def from_json(data: Mapping[str, Any]) -> Samples:
+        return Samples(data["seconds"], data["disturbed"], data["rounds"], data["delay_known"])
 
 
 def _resample(count: int) -> np.ndarray:
@@ -188,29 +197,24 @@ def median_ratio_interval(top: np.ndarray, bottom: np.ndarray) -> Estimate:
     return Estimate(float(np.median(top) / np.median(bottom)), float(low), float(high))
 
 
-def validity(samples: Samples, claimed: float | None, first: str = FROZEN, again: str = AGAIN) -> tuple[str, str]:
-    """(ok | void | too noisy, the reason): may anything be claimed from these samples?
-
-    claimed: the smallest overhead claimed; the A/A interval may be a fifth of it wide. None: only ratios of times.
-    """
-    if samples.kept < ROUNDS_NEEDED:
-        return TOO_NOISY, f"{samples.kept} of {samples.rounds} rounds kept, {ROUNDS_NEEDED} needed"
-    aa = samples.ratio(again, first)
-    if not AA_LOW <= aa.median <= AA_HIGH:
-        return VOID, f"A/A {aa}, outside {AA_LOW}-{AA_HIGH}"
-    if claimed is not None and not math.isnan(claimed) and aa.high - aa.low > abs(claimed) / 5:
-        return VOID, f"A/A interval {aa.high - aa.low:.4f} wide, over a fifth of the claimed overhead {claimed:.4f}"
-    return OK, f"A/A {aa}"
+def validity(samples: Samples, reference: str, again: str = AGAIN) -> tuple[str, str]:
+    """(OK | NOISY, the reason): may anything be claimed from these samples?"""
+    if samples.kept < LEAST_ROUNDS:
+        return NOISY, f"{samples.kept} rounds, {LEAST_ROUNDS} needed"
+    aa = samples.ratio(again, reference)
+    within = aa.low >= AA_LOW and aa.high <= AA_HIGH
+    return (OK, f"A/A {aa}") if within else (NOISY, f"A/A {aa}, not within {AA_LOW}-{AA_HIGH}")
 
 
 @dataclass
 class Rounds:
-    """Runs rounds over named functions and collects what is kept."""
+    """Runs rounds over named functions and collects their times."""
 
     names: Sequence[str]
     timer: Timer = time_cpu
     clock: Callable[[], float] = time.perf_counter
     delay: Callable[[], float | None] = run_delay
+    within: Mapping[str, Callable[[], AbstractContextManager]] = field(default_factory=dict)  # entered around a sample
     samples: Samples = field(init=False)
     _order: list[str] = field(init=False)
     _rng: random.Random = field(init=False)
@@ -220,13 +224,16 @@ class Rounds:
         self._order, self._rng = list(self.names), random.Random(0)
 
     def run(self, functions: Mapping[str, Callable[[], object]], calls: int = 1, count: bool = True) -> bool:
-        """One round; True if it was kept. Orders come in pairs: a shuffle, then its reverse."""
+        """One round; True if it was undisturbed. Orders come in pairs: a shuffle, then its reverse."""
         if self.samples.rounds % 2:
             self._order.reverse()
         else:
             self._rng.shuffle(self._order)
         before, start = self.delay(), self.clock()
-        took = {name: self.timer(functions[name], calls) / calls for name in self._order}
+        took = {}
+        for name in self._order:
+            with self.within.get(name, nullcontext)():
+                took[name] = self.timer(functions[name], calls) / calls
         length, after = self.clock() - start, self.delay()
         if not count:
             return False
@@ -234,39 +241,51 @@ class Rounds:
         if before is None or after is None:
             self.samples.delay_known = False
         kept = before is None or after is None or after - before <= DELAY_LIMIT * length
-        into = self.samples.seconds if kept else self.samples.dropped
+        into = self.samples.seconds if kept else self.samples.disturbed
         for name, seconds in took.items():
             into.setdefault(name, []).append(seconds)
         return kept
+
+    def until(
+        self,
+        functions: Mapping[str, Callable[[], object]],
+        seconds: float,
+        *,
+        calls: int = 1,
+        least: int = 3,
+        most: int | None = None,
+        tick: Callable[[], object] | None = None,
+    ) -> Samples:
+        """Rounds for `seconds`: at least `least` of them, at most `most` (MOST) undisturbed ones."""
+        end = time.perf_counter() + seconds
+        while self.samples.rounds < least or (time.perf_counter() < end and self.samples.undisturbed < (most or MOST)):
+            self.run(functions, calls)
+            if tick is not None:
+                tick()
+        return self.samples
 
 
 def paired(
     functions: Mapping[str, Callable[[], object]],
     seconds: float,
     *,
-    most: int = 200,
+    timer: Timer = time_cpu,
+    within: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
     warm: int = 3,
     sample: float = 0.004,
-    device: str = "cpu",
-    timer: Timer | None = None,
     tick: Callable[[], object] | None = None,
 ) -> Samples:
-    """Rounds over `functions` for `seconds` (at least 3 rounds, at most `most` kept ones).
+    """Rounds over `functions` for `seconds` (at least 3 rounds, at most MOST undisturbed ones).
 
-    timer: how a sample is taken; default, wall time on the CPU and device time on a GPU.
     sample: the least seconds one sample takes; quick functions are called several times for it, all the same number.
     """
-    timer = timer or timer_for(device)
-    for function in functions.values():
-        for _ in range(warm):
-            function()
-    quickest = min(timer(function, 1) for function in functions.values())
+    rounds = Rounds(list(functions), timer, within=within or {})
+    quickest = math.inf
+    for name, function in functions.items():
+        with rounds.within.get(name, nullcontext)():
+            for _ in range(warm):
+                function()
+            quickest = min(quickest, timer(function, 1))
     calls = max(1, math.ceil(sample / max(quickest, 1e-7)))
-    rounds = Rounds(list(functions), timer)
-    end = time.perf_counter() + seconds
     rounds.run(functions, calls, count=False)  # the first round still warms up
-    while rounds.samples.rounds < 3 or (time.perf_counter() < end and rounds.samples.kept < most):
-        rounds.run(functions, calls)
-        if tick is not None:
-            tick()
-    return rounds.samples
+    return rounds.until(functions, seconds, calls=calls, tick=tick)

@@ -15,7 +15,6 @@ PEFT = "PEFT"  # its default: adapters in fp32, the LoRA part computed in fp32
 PEFT_LOW = "PEFT same dtype"  # autocast_adapter_dtype=False: adapters in the compute dtype
 COMPILED = "PEFT compiled"  # torch.compile of PEFT's default layer
 COMPOSITION = "composition"
-OURS = "fastpeft"
 PEERS = (PEFT, PEFT_LOW, COMPOSITION)  # the three that fastpeft must never be slower than
 
 
