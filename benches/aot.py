@@ -178,7 +178,8 @@ def linear4bit(launchers: Any) -> None:
     for m in (16, 512):
         packed(launchers, m, 4096, 4096, torch.float16, False, 0.0)
         packed(launchers, m, 4096, 4096, torch.float32, True, 0.0)
-    packed(launchers, 8192, 4096, 4096, torch.bfloat16, True, 0.1)
+    for m in (16, 64, 512, 8192):
+        packed(launchers, m, 4096, 4096, torch.bfloat16, True, 0.1)
     packed(launchers, 512, 4096, 4304, torch.bfloat16, True, 0.0)
     packed(launchers, 512, 4096, 4098, torch.bfloat16, True, 0.0)
 

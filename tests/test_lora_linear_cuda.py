@@ -208,3 +208,13 @@ def test_lora_linear_over_4bit(backend, m, dtype):
     """The whole op on this backend: the kernel of few rows, or a decoded weight, with the rank-R passes around it."""
     check_4bit(m, 128, 72, 6, dtype, double_quant=m % 2 == 1)
     check_4bit(m, 37, 21, 3, dtype, p=0.2, seed=5)
+
+
+@pytest.mark.parametrize("m", [7, 40])
+def test_the_base_has_the_same_bits_with_an_adapter(backend, m):
+    """One of zeros: in the kernel of few rows over 4-bit weights, and around a GEMM."""
+    x, w, zeros = torch.randn(m, 128).bfloat16(), torch.randn(72, 128), (torch.randn(4, 128), torch.zeros(72, 4))
+    for weight in (w.bfloat16(), fp.ops.quantize_4bit(w).to(x.device)):
+        for p in (0.0, 0.5):
+            y = fp.ops.lora_linear(x, weight, *zeros, dropout_p=p, seed=1)
+            assert torch.equal(y, fp.ops.lora_linear(x, weight, None, None))
