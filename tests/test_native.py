@@ -366,7 +366,7 @@ def test_tensors_whose_memory_is_not_their_value_are_refused():
             native.lora_linear_down(x, [bad], 0.0, None)
         with torch.no_grad():
             assert native.lora_linear_plain(bad, torch.randn(16, 16), a, torch.randn(16, 2), 1.0, None, None) is None
-        assert native.lora_linear_fits(bad, (x,), (None,), (a,), (a,), (1.0,), (None,)) == -1
+        assert native.lora_linear_begin(True, bad, (x,), (None,), (a,), (a,), (1.0,), (None,)) == (-1, None)
 
 
 def test_what_would_touch_foreign_memory_is_refused():

@@ -379,9 +379,10 @@ PyObject* few(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   return nullptr;
 }
 
-// lora_linear_begin(compute, x, weights, biases, a, b, scales, lora_biases) -> (fits, found)
-// fits: 1, the passes take all of it as it is, in a plain call, and some of it requires grad; 0, none does; -1, not as it
-// is, or not plain (the checks in Python say what is wrong). found: what lora_linear_few gives, if `compute`, else None.
+// lora_linear_begin(compute, x, weights, biases, a, b, scales, lora_biases) -> (flags, found)
+// flags: -1, not a plain call, or arguments that the passes do not take as they are (the checks in Python say what is
+// wrong); else a sum of 1, some of it requires grad, 2, an A does, 4, a weight is in 4 bits. found: what lora_linear_few
+// gives, if `compute`, else None.
 PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (count != 8) return PyErr_Format(PyExc_TypeError, "lora_linear_begin takes 8 arguments, got %zd", count);
   static PyObject* const no = py::make_tuple(-1, py::none()).release().ptr();
@@ -389,7 +390,7 @@ PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   const Lists lists(args + 2);
   if (lists.n < 1 || !borrow(args[1], &x, false) || !x.is_real() || x.dim() < 1 || !plain_call()) return Py_NewRef(no);
   const bool grad = answers_true(torch_.is_grad_enabled);
-  bool needed = requires_grad(x);
+  int flags = grad && requires_grad(x);
   const int64_t M = rows_of(x);
   bool is_few = args[0] == Py_True && x.view.device.type == dlpack::CPU && x.contiguous();
   std::vector<std::pair<Base, Arguments>> all(lists.n);
@@ -397,13 +398,14 @@ PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t count) try {
     auto& [base, given] = all[i];
     if (!lists.read(i, x, &base, &given)) return Py_NewRef(no);
     if (grad && (requires_grad(base.dense) || requires_grad(given.scale))) return Py_NewRef(no);
-    needed = needed || requires_grad(given.a) || requires_grad(given.b) || requires_grad(given.bias) ||
-             requires_grad(given.lora_bias);
+    if (!base.dense) flags |= 4;
+    if (grad && requires_grad(given.a)) flags |= 3;
+    if (grad && (requires_grad(given.b) || requires_grad(given.bias) || requires_grad(given.lora_bias))) flags |= 1;
     is_few = is_few && base.takes(M, x.dtype());
   }
   py::object found = py::none();
   if (is_few) found = compute_few(x, M, x.size(-1), all);
-  return py::make_tuple((int)(grad && needed), found).release().ptr();
+  return py::make_tuple(flags, found).release().ptr();
 } catch (py::error_already_set& error) {
   error.restore();
   return nullptr;

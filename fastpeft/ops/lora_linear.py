@@ -126,35 +126,46 @@ def lora_linear_group(
 
 def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[torch.Tensor]:
     """-> [y_i]. lists: weights, biases, a, b, scales, lora_biases, tuples."""
-    needs_grad, found = -1, None  # found: ys and s, where the CPU had them in the call that looked at the arguments
+    flags, found = -1, None  # found: ys and s, where the CPU had them in the call that looked at the arguments
     on_cpu = allows("cpu")
     if 0.0 <= p < 1.0 and in_scale is None and out_scale is None and not is_compiling():
-        needs_grad, found = _begin(on_cpu and p == 0.0, x, *lists)
-    plain = fits = needs_grad >= 0
-    if not fits:
-        x, lists = _autocast(x, lists)
-        _check.call(op, x, lists, p)
-        scales = [s for s in (in_scale, out_scale, *lists[4]) if isinstance(s, torch.Tensor)]
-        if in_scale is not None or out_scale is not None or p == 1.0 or any(s.requires_grad for s in scales) or transformed():
-            return _by_definition(op, x, lists, p, seed, in_scale, out_scale)
-        plain, lists = plain_call(x), _as_kernels_read(x, lists)
-        tensors = [t for ts in lists for t in ts if isinstance(t, torch.Tensor)]
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in tensors]))
-    seed = _check.seed_tensor(op, seed, x.device) if p else None
-    passes: Any = forced()
-    if plain and fits and on_cpu and x.is_cpu:
-        passes = cpu
+        flags, found = _begin(on_cpu and p == 0.0, x, *lists)
+    if flags >= 0 and on_cpu and x.is_cpu:
+        plain, passes = True, cpu
     else:
-        weights, biases, a, b, scales, lora_biases = lists
-        scales = tuple([None if a_i is None else _scale(scale, x) for a_i, scale in zip(a, scales)])
-        lists = weights, biases, a, b, scales, lora_biases
-        if plain:
-            passes = choose("lora_linear", BACKENDS, (x, a, b), passes)
-    if needs_grad:
-        call = passes, lists, p, seed, found
-        apply = _apply if plain else LoraLinear.apply
-        return apply(call, x, *lists[1], *lists[2], *lists[3], *lists[5])
-    return (found or forward(_passes(passes), x, *lists, p, seed))[0]
+        if flags < 0:
+            x, lists = _autocast(x, lists)
+            _check.call(op, x, lists, p)
+            if in_scale is not None or out_scale is not None or p == 1.0 or _trained(lists[4]) or transformed():
+                return _by_definition(op, x, lists, p, seed, in_scale, out_scale)
+            lists = _as_kernels_read(x, lists)
+        *rest, a, b, scales, lora_biases = lists
+        lists = *rest, a, b, tuple([None if a_i is None else _scale(scale, x) for a_i, scale in zip(a, scales)]), lora_biases
+        if flags < 0:
+            flags = _flags(x, lists)
+        plain = plain_call(x)
+        passes = choose("lora_linear", BACKENDS, (x, a, b), forced()) if plain else forced()
+    seed = _check.seed_tensor(op, seed, x.device) if p else None
+    if not flags & NEEDS_GRAD:
+        return (found or forward(_passes(passes), x, *lists, p, seed))[0]
+    call = passes, lists, p, seed, found, flags
+    apply = _apply if plain else LoraLinear.apply
+    return apply(call, x, *lists[1], *lists[2], *lists[3], *lists[5])
+
+
+NEEDS_GRAD, TRAINS_A, PACKED = 1, 2, 4  # flags of a call, as `lora_linear_begin` in csrc/python/lora_linear.cpp gives them
+
+
+def _flags(x, lists) -> int:
+    weights, biases, a, b, _, lora_biases = lists
+    wants = [any([t is not None and t.requires_grad for t in ts]) for ts in ((x,), biases, b, lora_biases, a)]
+    if not torch.is_grad_enabled() or not any(wants):
+        return PACKED
+    return NEEDS_GRAD | PACKED | (TRAINS_A if wants[-1] else 0)
+
+
+def _trained(scales) -> bool:
+    return any([isinstance(scale, torch.Tensor) and scale.requires_grad for scale in scales])
 
 
 def _passes(of: Any) -> Any:
@@ -266,21 +277,20 @@ def backward(passes, dys, x, s, weights, a, b, scales, p, seed, needs_x, needs_a
 
 
 class LoraLinear(torch.autograd.Function):
-    """apply(call, x, *biases, *a, *b, *lora_biases) -> ys;  call: passes (see `_passes`), the lists of `forward`, p, seed, and
-    what forward gives, where that is known already. Autograd looks into no list: what may need a gradient stands outside."""
+    """apply(call, x, *biases, *a, *b, *lora_biases) -> ys;  call: passes (see `_passes`), the lists of `forward`, p, seed, what
+    forward gives where that is known already, flags. Autograd looks into no list: what may need a gradient stands outside."""
 
     @staticmethod
     def forward(ctx, call, x, *flat):
-        passes, lists, p, seed, found = call
+        passes, lists, p, seed, found, flags = call
         ys, s = found or forward(_passes(passes), x, *lists, p, seed)
         weights, _, a, b, scales, _ = lists
-        n = len(a)
-        tensors, quants, forms = split(weights)
+        tensors, quants, forms = split(weights) if flags & PACKED else (weights, (), ())
         ctx.set_materialize_grads(False)
         ctx.call = passes, forms, p, scales if passes is cpu else None
-        trains_a = True in ctx.needs_input_grad[2 + n : 2 + 2 * n]  # else x is not read again (LoRA-FA, BitFit)
         saved_scales = [t if isinstance(t, torch.Tensor) else None for t in scales]
-        ctx.save_for_backward(x if trains_a else None, s, seed, *tensors, *a, *b, *saved_scales, *quants)
+        kept = x if flags & TRAINS_A else None  # without an A to train x is not read again (LoRA-FA, BitFit)
+        ctx.save_for_backward(kept, s, seed, *tensors, *a, *b, *saved_scales, *quants)
         return tuple(ys)
 
     @staticmethod
