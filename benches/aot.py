@@ -151,31 +151,22 @@ def report(kernel: str, config: str, binary: Any, capability: int) -> Compiled:
 
 def lora_linear() -> None:
     """Every path of the op: dtypes, dropout, a group, both plans, weights that TMA can and cannot read."""
-    from fastpeft.ops import lora_linear_gpu as op
+    from fastpeft.backends import plans
+    from fastpeft.backends.triton import lora_linear as triton
+    from fastpeft.ops.lora_linear import backward, forward
 
-    fused = {"float32": 1, "bfloat16": 1, "float16": 1}
-    for plan in ({}, fused):
-        op._fused_from.cache_clear()
-        op._PLANS["fused_from_m"] = {"interpreter": plan}
+    for fused_from in ({}, {"float32": 1, "bfloat16": 1, "float16": 1}):
         for dtype in (torch.bfloat16, torch.float32):
             for k, n, r, p in ((512, 1024, 16, 0.0), (512, 1024, 16, 0.1), (510, 1022, 16, 0.0), (512, 1024, 128, 0.0)):
                 x, dy = torch.empty(1024, k, dtype=dtype), torch.empty(1024, n, dtype=dtype)
                 weight, bias = torch.empty(n, k, dtype=dtype), torch.empty(n, dtype=dtype)
                 a, b, scale, seed = torch.empty(r, k), torch.empty(n, r), torch.ones(()), torch.tensor(1)
                 for count in (1, 3) if (k, r) == (512, 16) else (1,):
-                    whole = (
-                        [weight] * count,
-                        [bias] * count,
-                        [a] * count,
-                        [b] * count,
-                        [scale] * count,
-                        [None] * count,
-                    )
-                    ys, s = op.forward(op.triton_passes, x, *whole, p, seed)
+                    of = [[t] * count for t in (weight, bias, a, b, scale, None)]
                     yes = [True] * count
-                    op.backward(
-                        op.triton_passes, [dy] * count, x, s, *whole[:1], *whole[2:5], p, seed, True, yes, yes, yes
-                    )
+                    with plans.override("gpu", fused_from_m={"interpreter": fused_from}):
+                        _, s = forward(triton, x, *of, p, seed)
+                        backward(triton, [dy] * count, x, s, of[0], *of[2:5], p, seed, True, yes, yes, yes)
 
 
 def linear4bit(launchers: Any) -> None:
@@ -187,7 +178,8 @@ def linear4bit(launchers: Any) -> None:
     for m in (16, 512):
         packed(launchers, m, 4096, 4096, torch.float16, False, 0.0)
         packed(launchers, m, 4096, 4096, torch.float32, True, 0.0)
-    packed(launchers, 8192, 4096, 4096, torch.bfloat16, True, 0.1)
+    for m in (16, 64, 512, 8192):
+        packed(launchers, m, 4096, 4096, torch.bfloat16, True, 0.1)
     packed(launchers, 512, 4096, 4304, torch.bfloat16, True, 0.0)
     packed(launchers, 512, 4096, 4098, torch.bfloat16, True, 0.0)
 
@@ -202,11 +194,12 @@ def packed(launchers: Any, m: int, n: int, k: int, dtype: torch.dtype, nested: b
     data = torch.empty(n * k // 2, dtype=torch.uint8)
     weight = Weight4bit(data, scales, absmax, offset, (n, k), dtype, "nf4", 64)
     x, dy, s = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.empty(m, r, dtype=dtype)
-    a, b, bias, span = torch.empty(r, k), torch.empty(n, r), torch.empty(n, dtype=dtype), launchers.Span(0, r, 0)
-    launchers.dequantize(weight, torch.empty(n, k, dtype=dtype))
-    launchers.project(x, weight, bias, None, s, b, span, torch.ones(()))
-    for accumulate in (False, True):
-        launchers.combine(dy, weight, x, accumulate, s, [a], [span], p, torch.tensor(1) if p else None)
+    a, b, bias, seed = torch.empty(r, k), torch.empty(n, r), torch.empty(n, dtype=dtype), torch.tensor(1) if p else None
+    launchers.dequantize(weight, dtype)
+    launchers.project(x, [weight], [bias], s, [b], [torch.ones(())], [None])
+    for before in ([], [None]):
+        count = len(before) + 1
+        launchers.combine([dy] * count, [weight] * count, s, [a, *before], [True] * count, p, seed)
 
 
 def cuda_kernels(capability: int) -> list[Compiled]:
@@ -275,11 +268,11 @@ def read_table() -> list[Compiled]:
 
 
 def compile_all(capabilities: Iterable[int] = TARGETS) -> list[Compiled]:
-    from fastpeft import _native
+    from fastpeft import native
 
-    launchers = [_native.triton(stem) for stem in ("lora_linear", "linear4bit")]
+    launchers = [native.triton(stem) for stem in ("lora_linear", "linear4bit")]
     if launchers[0] is None:
-        raise SystemExit(_native.why_not_triton("lora_linear"))
+        raise SystemExit(native.why_not_triton("lora_linear"))
     found = []
     for capability in capabilities:
         with compiling(capability, *launchers) as kernels:

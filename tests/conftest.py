@@ -8,17 +8,17 @@ import os
 import pytest
 import torch
 
-import fastpeft
-from fastpeft import native
-from fastpeft.backends import plans
-
-pytest_plugins = ["_support_plugin"]
-
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, by PyTorch's FLOP counter and so by fastpeft
     import _triton_interpreter  # noqa: F401
+
+import fastpeft  # noqa: E402
+from fastpeft import native  # noqa: E402
+from fastpeft.backends import plans  # noqa: E402
+
+pytest_plugins = ["_support_plugin"]
 
 
 def cpu_levels() -> list[str]:

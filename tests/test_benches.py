@@ -399,7 +399,9 @@ def test_the_quick_qlora_suite_on_a_tiny_model(tiny_model, tmp_path, capsys, one
         "--parts",
         "training,step,decode,others,kernels",
     ]
-    assert cli.main(["--suite", "qlora", "--json", "--quick", "--time-budget", "60", "--shapes", "64x32@3", *where]) == 0
+    assert (
+        cli.main(["--suite", "qlora", "--json", "--quick", "--time-budget", "60", "--shapes", "64x32@3", *where]) == 0
+    )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["kind"] for row in rows] == ["sizes", "training", "step", "decode", "row", "row"]
     assert all(row["suite"] == "qlora" and row["versions"]["bitsandbytes"] for row in rows)

@@ -11,14 +11,13 @@ from _close import assert_close
 from _guarded import Memory
 
 from fastpeft import native
-from fastpeft.ops import linear4bit_cuda, lora_linear_cuda
-from fastpeft.ops.linear4bit import quantize_4bit
+from fastpeft.backends.cuda import linear4bit as cuda
+from fastpeft.ops import quantize_4bit
 from fastpeft.reference import linear4bit as reference
 from fastpeft.weight4bit import BLOCKSIZES, Weight4bit
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
-SPAN = lora_linear_cuda.Span
 
 
 @pytest.fixture(params=["cuda", pytest.param("cuda@cuda", marks=pytest.mark.gpu)])
@@ -47,9 +46,16 @@ def expected(weight, dtype):
     return reference.dequantize(weight.data, scales, weight.shape, weight.quant_type, weight.blocksize, dtype)
 
 
+@pytest.fixture
+def allocator(device):
+    """allocator(f): what the module allocates is f(shape, dtype)."""
+    module = native.cuda()
+    yield lambda f: module.set_allocator(lambda shape, code: f(shape, DTYPES[code]))
+    module.set_allocator(None)
+
+
 def dequantized(weight, dtype, device):
-    out = torch.full(weight.shape, float("nan"), dtype=dtype, device=device)
-    return linear4bit_cuda.dequantize(weight.to(device), out).cpu()
+    return cuda.dequantize(weight.to(device), dtype).cpu()
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -73,11 +79,11 @@ def test_every_code_of_a_scale_is_decoded_as_the_reference_does(device):
     assert torch.equal(dequantized(weight, torch.float32, device), expected(weight, torch.float32))
 
 
-def test_dequantize_of_data_that_is_not_aligned(device):
+def test_dequantize_of_data_that_is_not_aligned(device, allocator):
     weight = quantized(torch.randn(17, 24))
     data = torch.cat([weight.data[:1], weight.data]).to(device)[1:]
-    out = torch.empty(17 * 24 + 1, dtype=torch.bfloat16, device=device)[1:].view(17, 24)
-    linear4bit_cuda.dequantize(replace(weight.to(device), data=data), out)
+    allocator(lambda shape, dtype: torch.empty(17 * 24 + 1, dtype=dtype, device=device)[1:].view(shape))
+    out = cuda.dequantize(replace(weight.to(device), data=data), torch.bfloat16)
     assert torch.equal(out.cpu(), expected(weight, torch.bfloat16))
 
 
@@ -101,7 +107,6 @@ def problem(m, k, n, r, dtype=torch.bfloat16, quant_type="nf4", blocksize=64, ne
         "lora_bias": randn(n) if r else None,
         "s": randn(m, r + 5).to(dtype),
         "b": (randn(n, r) / r**0.5).to(b_dtype) if r else None,
-        "span": SPAN(3, r, 0),
         "scale": torch.tensor(0.7) if r % 2 else torch.rand(r, generator=generator),
     }
 
@@ -111,9 +116,17 @@ def on(device, inputs):
 
 
 def small(inputs):
-    return linear4bit_cuda.small(
-        *(inputs[name] for name in ("x", "weight", "bias", "lora_bias", "s", "b", "span", "scale"))
-    )
+    """y of the second of three projections: s has 3 columns before its own, and 2 after."""
+    x, b, scale = inputs["x"], inputs["b"], inputs["scale"]
+    other = quantized(torch.randn(1, x.shape[1])).to(x.device)
+    one = torch.ones((), device=x.device)
+    arguments = [other, inputs["weight"], other], [None, inputs["bias"], None], inputs["s"]
+    bs = [torch.ones(1, 3, device=x.device), b, torch.ones(1, 2, device=x.device)]
+    return native.cuda().linear4bit_small(x, *arguments, bs, [one, scale, one], [None, inputs["lora_bias"], None])[1]
+
+
+def is_fast(x, weight):
+    return native.cuda().linear4bit_small_is_fast(x, [weight])
 
 
 def composition(inputs, dtype, absolute=False):
@@ -122,9 +135,8 @@ def composition(inputs, dtype, absolute=False):
     w = expected(inputs["weight"], torch.float32)
     y = torch.nn.functional.linear(part(inputs["x"]), part(w), part(inputs["bias"]))
     if inputs["b"] is not None:
-        span = inputs["span"]
         b = part(inputs["b"].float() * inputs["scale"])
-        y = y + part(inputs["s"])[:, span.first : span.first + span.rank] @ b.t() + part(inputs["lora_bias"])
+        y = y + part(inputs["s"])[:, 3 : 3 + b.shape[1]] @ b.t() + part(inputs["lora_bias"])
     return y
 
 
@@ -161,7 +173,7 @@ def test_small_for_all_rows(device, m, dtype):
 )
 def test_small_for_ugly_shapes(device, m, k, n, r, blocksize, dtype):
     inputs = on(device, problem(m, k, n, r, dtype, blocksize=blocksize, nested=r % 2 == 0))
-    assert linear4bit_cuda.is_fast(inputs["x"], inputs["weight"]) == (k % 64 == 0 and blocksize > 32)
+    assert is_fast(inputs["x"], inputs["weight"]) == (k % 64 == 0 and blocksize > 32)
     check(inputs)
 
 
@@ -188,13 +200,13 @@ def test_rounding_the_code_book_leaves_no_mean_error(device, quant_type, dtype):
 def test_small_takes_adapters_of_other_dtypes_and_strides(device, b_dtype):
     inputs = on(device, problem(5, 64, 24, 12, torch.bfloat16, b_dtype=b_dtype))
     y = check(inputs)
-    inputs["b"] = inputs["b"].t().contiguous().t()
+    inputs["b"] = torch.cat([inputs["b"], inputs["b"]], 1)[:, :12]
     inputs["s"] = torch.cat([inputs["s"], inputs["s"]], 1)[:, : inputs["s"].shape[1]]
     assert torch.equal(small(inputs), y)
     inputs["x"] = torch.cat([inputs["x"], inputs["x"]], 1)[:, :64]
-    assert linear4bit_cuda.is_fast(inputs["x"], inputs["weight"]) and torch.equal(small(inputs), y)
+    assert is_fast(inputs["x"], inputs["weight"]) and torch.equal(small(inputs), y)
     inputs["x"] = torch.cat([inputs["x"][:, :1], inputs["x"]], 1)[:, 1:]
-    assert not linear4bit_cuda.is_fast(inputs["x"], inputs["weight"])
+    assert not is_fast(inputs["x"], inputs["weight"])
     check(inputs)
 
 
@@ -225,7 +237,7 @@ def test_not_a_number_reaches_its_row_and_nothing_else(device, m, k):
 @pytest.mark.parametrize(
     "m, k, n, nested", [(3, 192, 35, True), (11, 64, 33, False), (6, 37, 21, True), (2, 192, 16, True)]
 )
-def test_reads_and_writes_stay_inside(device, m, k, n, nested):
+def test_reads_and_writes_stay_inside(device, allocator, m, k, n, nested):
     """Every operand ends at a page that may not be touched."""
     memory, dtype, r = Memory(), torch.bfloat16, 11
     inputs = problem(m, k, n, r, dtype, nested=nested)
@@ -238,10 +250,34 @@ def test_reads_and_writes_stay_inside(device, m, k, n, nested):
     )
     inputs |= {"weight": weight, "bias": guarded(inputs["bias"]), "lora_bias": guarded(inputs["lora_bias"])}
     inputs |= {"x": memory.copy(inputs["x"], dtype), "b": memory.copy(inputs["b"], torch.float32)}
-    inputs |= {"s": memory.copy(inputs["s"][:, : 3 + r], dtype), "scale": guarded(inputs["scale"])[0]}
-    fast = linear4bit_cuda.is_fast(inputs["x"], weight)
+    inputs |= {"s": memory.copy(inputs["s"], dtype), "scale": guarded(inputs["scale"])[0]}
+    fast = is_fast(inputs["x"], weight)
     assert fast == (k % 64 == 0)
+    allocator(lambda shape, dtype: memory.empty(*shape, dtype))
     assert torch.equal(small(inputs), y)
-    out = memory.empty(n, k, dtype)
-    assert torch.equal(linear4bit_cuda.dequantize(weight, out), expected(w, dtype))
+    assert torch.equal(cuda.dequantize(weight, dtype), expected(w, dtype))
     memory.close()
+
+
+def test_what_does_not_fit_is_refused(device):
+    """Sizes that the kernels would take at their word."""
+    inputs = on(device, problem(5, 64, 24, 12))
+    weight = inputs["weight"]
+    refused = [
+        ({"x": inputs["x"].float()}, "x must be .*bfloat16 or float16"),
+        ({"x": torch.cat([inputs["x"]] * 4)}, r"x must be \[M, K\], M up to 16, got \[20, 64\]"),
+        ({"s": inputs["s"][:, 1:]}, r"s must be \[M, ΣR\] = \[5, 17\], got \[5, 16\]"),
+        ({"s": inputs["s"][1:]}, "s must be"),
+        ({"b": inputs["b"][1:]}, "b must be"),
+        ({"bias": inputs["bias"][1:]}, r"bias must be \[24\]"),
+        ({"scale": inputs["scale"][1:]}, "scale must be"),
+        ({"weight": replace(weight, shape=(24, 65))}, "another size, dtype or device than its shape asks for"),
+        ({"weight": replace(weight, scales=weight.scales[1:])}, "another size"),
+        ({"weight": replace(weight, shape=(2**40, 2**40))}, "sizes that make no sense"),
+        ({"weight": replace(weight, shape=(12, 128))}, r"must be \[N, 64\] on x's device, got \[12, 128\]"),
+        ({"weight": replace(weight, tiled=True)}, "must be in bitsandbytes' order"),
+        ({"weight": torch.randn(24, 64)}, "neither a torch.Tensor nor an fp.Weight4bit"),
+    ]
+    for wrong, message in refused:
+        with pytest.raises(ValueError, match=message):
+            small(inputs | wrong)

@@ -61,12 +61,20 @@ def composed(x, w, s, b, bias, lora_bias, scale):
     return F.linear(x, w, bias.to(x.dtype)) + scale * F.linear(s, b.to(x.dtype)) + lora_bias.to(x.dtype)
 
 
+def project(kernels, x, weight, bias=None, lora_bias=None, s=None, b=None, scale=None):
+    """One projection; `s` may have columns of one before it."""
+    before = 0 if b is None else s.shape[1] - b.shape[1]
+    if not before:
+        return kernels.project(x, [weight], [bias], s, [b], [scale], [lora_bias])[0]
+    first, *_ = packed(1, x.shape[1], x.device)
+    bs = [torch.ones(1, before, device=x.device), b]
+    return kernels.project(x, [first, weight], [None, bias], s, bs, [None, scale], [None, lora_bias])[1]
+
+
 def check_project(kernels, weight, w, inputs, scale=0.75):
     x, _, s, _, b, bias, lora_bias = inputs
     rows = [x, w.to(x.dtype), s, b, bias, lora_bias]
-    y = kernels.project(
-        x, weight, bias, lora_bias, s, b, kernels.Span(0, b.shape[1], 0), torch.tensor(scale).to(x.device)
-    )
+    y = project(kernels, x, weight, bias, lora_bias, s, b, torch.tensor(scale).to(x.device))
     exact = composed(*(t.double() for t in rows), scale)
     terms = composed(*(t.double().abs() for t in rows), abs(scale))
     assert y.dtype == x.dtype
@@ -74,24 +82,29 @@ def check_project(kernels, weight, w, inputs, scale=0.75):
     return y
 
 
-def check_combine(kernels, weight, w, dy, t, a, spans, base=None, p=0.0, seed=None):
-    """a: one a projection; base: what dx holds before."""
+def check_combine(kernels, weights, ws, dys, t, a, live=None, p=0.0, seed=None):
+    """Of a group; a: one a projection, live: which have a dy."""
+    live = [True] * len(ws) if live is None else live
+    dtype = t.dtype
+    dys = [dy if here else None for dy, here in zip(dys, live)]
 
-    def product(dy, w, t, *a):
-        dx = dy @ w
-        for a_i, span in zip(a, spans):
-            term = t[:, span.first : span.first + span.rank] @ a_i
-            dx = dx + (lora_reference.drop(term, p, seed, span.number) if p else term)
+    def product(change):
+        dx, column = 0, 0
+        for i, (dy, w, a_i) in enumerate(zip(dys, ws, a)):
+            columns = slice(column, column + (0 if a_i is None else a_i.shape[0]))
+            column = columns.stop
+            if dy is None:
+                continue
+            dx = dx + change(dy) @ change(w.to(dtype))
+            if a_i is not None:
+                term = change(t[:, columns]) @ change(a_i)
+                dx = dx + (lora_reference.drop(term, p, seed, i) if p else term)
         return dx
 
-    parts = [dy, w.to(dy.dtype), t, *a]
-    start = torch.zeros(dy.shape[0], w.shape[1], device=dy.device, dtype=dy.dtype) if base is None else base
-    dx = start.clone() if base is not None else torch.full_like(start, float("nan"))
-    kernels.combine(dy, weight, dx, base is not None, t, list(a), spans, p, seed)
-    exact = start.double() + product(*(v.double() for v in parts))
-    terms = start.double().abs() + product(*(v.double().abs() for v in parts))
-    same = start + product(*(v.to(dy.dtype) for v in parts))
-    assert_close(dx, same, exact, "dx", eps=EPS[dy.dtype], terms=terms)
+    dx = kernels.combine(dys, weights, t, a, live, p, seed)
+    exact, terms = product(torch.Tensor.double), product(lambda v: v.double().abs())
+    assert dx.dtype == dtype
+    assert_close(dx, product(lambda v: v.to(dtype)), exact, "dx", eps=EPS[dtype], terms=terms)
     return dx
 
 
@@ -112,17 +125,13 @@ def test_dequantize_is_bitwise(kernels, device, quant_type, blocksize, nested):
     for n, k in ((1, 1), (7, 37), (33, 272), (16, 520), (160, 131)):
         weight, _ = packed(n, k, device, quant_type, blocksize, nested)
         for dtype in DTYPES:
-            out = torch.full((n, k), float("nan"), dtype=dtype, device=device)
-            kernels.dequantize(weight, out)
-            assert torch.equal(out, weight.dequantize(dtype)), (n, k, dtype)
+            assert torch.equal(kernels.dequantize(weight, dtype), weight.dequantize(dtype)), (n, k, dtype)
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_more_than_256_scales(kernels, device, nested):
     weight, _ = packed(70, 257, device, blocksize=32, nested=nested)
-    out = torch.empty(70, 257, device=device)
-    kernels.dequantize(weight, out)
-    assert torch.equal(out, weight.dequantize(torch.float32))
+    assert torch.equal(kernels.dequantize(weight, torch.float32), weight.dequantize(torch.float32))
 
 
 def test_blocks_of_zeros_and_empty_weights(kernels, device):
@@ -133,12 +142,11 @@ def test_blocks_of_zeros_and_empty_weights(kernels, device):
         on_cuda = replace(weight, data=weight.data.clone())
         on_cuda.data.view(4, 32)[1] = 0  # bitsandbytes' code for them on CUDA: -1 of a scale of 0
         on_cuda.scales[[1, 3]] = 0.0
-        out = torch.full((4, 64), float("nan"), device=device)
-        kernels.dequantize(on_cuda, out)
+        out = kernels.dequantize(on_cuda, torch.float32)
         assert not out[1].any() and torch.equal(out[::2], exact[::2])
     for n, k in ((0, 8), (8, 0)):
         weight, _ = packed(n, k, device)
-        kernels.dequantize(weight, torch.empty(n, k, device=device))
+        assert kernels.dequantize(weight, torch.float32).shape == (n, k)
 
 
 # ---- the GEMMs -----------------------------------------------------------------------------------
@@ -152,7 +160,7 @@ def test_against_float64(kernels, device, dtype, shape):
     inputs = layer(m, n, k, r, dtype, device)
     check_project(kernels, weight, w, inputs)
     _, dy, t, a, *_ = inputs
-    check_combine(kernels, weight, w, dy, t, [a], [kernels.Span(0, r, 0)])
+    check_combine(kernels, [weight], [w], [dy], t, [a])
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -163,21 +171,22 @@ def test_formats(kernels, device, quant_type, blocksize, nested):
         weight, w = packed(n, k, device, quant_type, blocksize, nested)
         inputs = layer(19, n, k, 4, torch.bfloat16, device)
         check_project(kernels, weight, w, inputs)
-        check_combine(kernels, weight, w, inputs[1], inputs[2], [inputs[3]], [kernels.Span(0, 4, 0)])
+        check_combine(kernels, [weight], [w], [inputs[1]], inputs[2], [inputs[3]])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("m", [9, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_group_onto_what_is_there(kernels, device, dtype, m, p):
-    n, k, ranks = 72, 200, (4, 17, 3)
-    weight, w = packed(n, k, device, nested=True)
-    dy, base = torch.randn(m, n).to(device, dtype), torch.randn(m, k).to(device, dtype)
-    t = torch.randn(m, 3 + sum(ranks)).to(device, dtype)
-    spans = [kernels.Span(first, rank, number) for first, rank, number in zip((3, 7, 24), ranks, (0, 2, 1))]
-    a = [(torch.randn(rank, k) / k**0.5).to(device) for rank in ranks]
-    check_combine(kernels, weight, w, dy, t, a, spans, base, p, torch.tensor(2**40 + 5).to(device) if p else None)
-    check_combine(kernels, weight, w, dy, t, [], [], base)
+def test_a_group(kernels, device, dtype, m, p):
+    """Each GEMM onto what the one before left; the rank-R terms of all with the last, of one whose output is unused none."""
+    n, k, ranks, live = 72, 200, (4, 17, 0, 9, 3), [True, True, True, False, True]
+    weights, ws = zip(*(packed(n, k, device, nested=True) for _ in ranks))
+    dys = [torch.randn(m, n).to(device, dtype) for _ in ranks]
+    t = torch.randn(m, sum(ranks)).to(device, dtype)
+    a = [(torch.randn(rank, k) / k**0.5).to(device) if rank else None for rank in ranks]
+    seed = torch.tensor(2**40 + 5).to(device) if p else None
+    check_combine(kernels, weights, ws, dys, t, a, live, p, seed)
+    check_combine(kernels, weights[:2], ws[:2], dys[:2], t[:, :0], [None, None])
 
 
 @pytest.mark.parametrize("m", [5, 140])
@@ -185,18 +194,18 @@ def test_without_an_adapter_and_with_a_span(kernels, device, m):
     n, k = 24, 72
     weight, w = packed(n, k, device)
     x, _, s, _, b, bias, _ = layer(m, n, k, 6, torch.bfloat16, device)
-    y = kernels.project(x, weight, bias, None, s, None, None, None)
+    y = project(kernels, x, weight, bias)
     low = w.to(x.dtype)
     assert_close(y, F.linear(x, low, bias), F.linear(x.double(), low.double(), bias.double()), "base alone")
     wide, scale = torch.cat([s * float("nan"), s], 1), torch.linspace(-1, 1, 12, device=device)[::2]
-    y = kernels.project(x, weight, None, None, wide, b, kernels.Span(6, 6, 1), scale)
+    y = project(kernels, x, weight, None, None, wide, b, scale)
     same = F.linear(x, low) + F.linear(s, (b * scale).to(x.dtype))
     assert_close(y, same, F.linear(x.double(), low.double()) + F.linear(s.double(), (b * scale).double()), "span")
 
 
 @pytest.mark.parametrize("m", [3, 140])
 def test_slices(kernels, device, m):
-    """x and dx are columns of something wider that holds NaN; the bytes start where no word may."""
+    """x and dy are columns of something wider that holds NaN; the bytes start where no word may."""
     n, k = 40, 72
     weight, w = packed(n, k, device)
     shifted = replace(weight, data=torch.cat([weight.data[:1], weight.data])[1:])
@@ -206,7 +215,7 @@ def test_slices(kernels, device, m):
     expected = check_project(kernels, weight, w, (x, dy, s, a, b, bias, lora_bias))
     for packed_as in (weight, shifted):
         assert torch.equal(check_project(kernels, packed_as, w, (sliced, dy, s, a, b, bias, lora_bias)), expected)
-        check_combine(kernels, packed_as, w, torch.cat([dy, nan], 1)[:, :n], s, [a], [kernels.Span(0, 4, 0)])
+        check_combine(kernels, [packed_as], [w], [torch.cat([dy, nan], 1)[:, :n]], s, [a])
 
 
 @pytest.mark.parametrize("m", [4, 70])
@@ -214,9 +223,7 @@ def test_nan_stays_in_its_row(kernels, device, m):
     weight, _ = packed(24, 70, device)
     x, dy, s, a, b, *_ = layer(m, 24, 70, 4, torch.float32, device)
     x[1, 7] = dy[1, 3] = float("nan")
-    y, dx = kernels.project(x, weight, None, None, s, b, kernels.Span(0, 4, 0), None), torch.empty_like(x)
-    kernels.combine(dy, weight, dx, False, s, [a], [kernels.Span(0, 4, 0)], 0.0, None)
-    for out in (y, dx):
+    for out in (project(kernels, x, weight, s=s, b=b), kernels.combine([dy], [weight], s, [a], [True])):
         assert out[1].isnan().all() and torch.isfinite(out[torch.arange(m) != 1]).all()
 
 
@@ -224,7 +231,7 @@ def test_nan_stays_in_its_row(kernels, device, m):
 def test_bitwise_repeatable(kernels, device, m):
     weight, _ = packed(48, 1100, device, nested=True)
     x, _, s, _, b, bias, _ = layer(m, 48, 1100, 8, torch.bfloat16, device)
-    ys = [kernels.project(x, weight, bias, None, s, b, kernels.Span(0, 8, 0), None) for _ in range(2)]
+    ys = [project(kernels, x, weight, bias, s=s, b=b) for _ in range(2)]
     assert torch.equal(*ys)
 
 
@@ -232,9 +239,8 @@ def test_no_rows_and_no_columns(kernels, device):
     for m, n, k in ((0, 24, 72), (3, 0, 72), (3, 24, 0)):
         weight, _ = packed(n, k, device)
         x, dy, s = (torch.randn(m, size, device=device) for size in (k, n, 4))
-        a, b, spans = torch.randn(4, k, device=device), torch.randn(n, 4, device=device), [kernels.Span(0, 4, 0)]
-        y, dx = kernels.project(x, weight, None, None, s, b, spans[0], None), torch.full_like(x, float("nan"))
-        kernels.combine(dy, weight, dx, False, s, [a], spans, 0.0, None)
+        a, b = torch.randn(4, k, device=device), torch.randn(n, 4, device=device)
+        y, dx = project(kernels, x, weight, s=s, b=b), kernels.combine([dy], [weight], s, [a], [True])
         assert y.shape == (m, n) and dx.shape == (m, k)
         torch.testing.assert_close(y, s @ b.t() if k == 0 else torch.zeros_like(y))
         torch.testing.assert_close(dx, s @ a if n == 0 else torch.zeros_like(dx))

@@ -376,6 +376,16 @@ def test_group_against_float64(backend, dtype, p, m):
         assert_close(one, two, three, "gradient", eps=EPS[dtype])
 
 
+def test_group_whose_adapters_differ_in_dtype(backend):
+    x, weights, a, b, biases = group_problem(torch.bfloat16)
+    mixed = [None if t is None else t.detach().to(DTYPES[i]) for i, t in enumerate(a)]
+    same = [None if t is None else t.detach().to(DTYPES[i]).to(torch.bfloat16) for i, t in enumerate(a)]
+    with torch.no_grad():
+        ours, theirs = (lora_linear_group(x, weights, of, b, scales=[1.0] * 3, biases=biases) for of in (mixed, same))
+    for one, other in zip(ours, theirs):
+        assert torch.equal(one, other)
+
+
 def test_group_with_an_unused_output(backend):
     x, weights, a, b, biases = group_problem(torch.bfloat16)
     y = lora_linear_group(x, weights, a, b, scales=[1.0] * 3, biases=biases)

@@ -5,19 +5,19 @@ With `cuda@cuda` the numeric tests run on a GPU, on the module that was built fo
 
 from __future__ import annotations
 
-from functools import partial
-
 import _cuda_emulation
 import pytest
 import torch
 from _guarded import Memory
-from fastpeft.ops._backend import Backend
 from test_linear4bit import check_all as check_4bit
 from test_lora_linear import check_all, problem
 
 import fastpeft as fp
 from fastpeft import native
-from fastpeft.ops import BACKENDS, lora_linear_cuda, lora_linear_gpu, lora_linear_group
+from fastpeft.backends import plans
+from fastpeft.backends.cuda import lora_linear as cuda
+from fastpeft.ops import lora_linear_group
+from fastpeft.reference import lora_linear as reference
 
 HALVES = [torch.bfloat16, torch.float16]
 SHAPES = [  # M, K, N, R
@@ -40,11 +40,8 @@ def backend(request, monkeypatch):
         return
     module = _cuda_emulation.module()
     monkeypatch.setattr(native, "cuda", lambda: module)
-    forward, backward = (
-        partial(f, lambda: lora_linear_cuda) for f in (lora_linear_gpu.forward, lora_linear_gpu.backward)
-    )
-    monkeypatch.setitem(BACKENDS, "cuda", Backend(lambda meta: None, forward, backward))
-    with fp.backend("cuda"):
+    monkeypatch.setattr(cuda, "can", lambda meta: None)
+    with fp.backend("cuda"), plans.override("gpu", fused_to_m_4bit=0):  # nothing of Triton's
         yield request.param
 
 
@@ -88,33 +85,112 @@ def test_group(backend, p, ranks):
         assert (got - expected).double().norm() <= 2**-6 * expected.double().norm()
 
 
+@pytest.fixture
+def guarded():
+    """Memory whose last element is followed by a page that may not be touched; the module's results and workspaces too."""
+    memory, dtypes = Memory(), (torch.float32, torch.bfloat16, torch.float16)
+    shapes = []
+
+    def allocate(shape, code):
+        shapes.append(tuple(shape))
+        rows = 1
+        for size in shape[:-1]:
+            rows *= size
+        return memory.empty(rows, shape[-1], dtypes[code]).view(shape)
+
+    module = _cuda_emulation.module()
+    module.set_allocator(allocate)
+    memory.shapes = shapes
+    yield memory
+    module.set_allocator(None)
+    memory.close()
+
+
+def close(got, expected, bound):
+    return (got.double() - expected.double()).norm() <= bound * expected.double().norm()
+
+
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @pytest.mark.parametrize("k", [64, 61])
-def test_reads_and_writes_stay_inside(backend, k):
+def test_reads_and_writes_stay_inside(backend, guarded, k):
     """Every operand ends at a page that may not be touched; gaps between rows are NaN and stay what they were."""
-    memory, dtype = Memory(), torch.bfloat16
-    m, r = 67, 12
-    x = memory.copy(torch.randn(m, k), dtype, gap=8)
-    a = memory.copy(torch.randn(r, k), torch.float32)
-    s = memory.empty(m, r, dtype, gap=4)
-    span = lora_linear_cuda.Span(0, r, 0)
-    lora_linear_cuda.down(x, [a], [span], s, 0.0, None)
-    exact = x.double() @ a.to(dtype).double().t()
-    assert (s.double() - exact).norm() <= 2**-8 * exact.norm()
-    assert s.as_strided((m - 1, 4), (r + 4, 1), s.storage_offset() + r).isnan().all()
-    out = memory.copy(torch.randn(m, k), dtype, gap=8)
-    exact = out.double() + exact.to(dtype).double() @ a.to(dtype).double()
-    lora_linear_cuda.add_down(out, s, [a], [span], 0.0, None)
-    assert (out.double() - exact).norm() <= 2**-7 * exact.norm()
-    da = memory.empty(r, k, torch.float32)
-    lora_linear_cuda.grad_down(x, s, [da], [span], 0.0, None)
-    exact = s.double().t() @ x.double()
-    assert (da.double() - exact).norm() <= 2**-12 * exact.norm()
-    ds, db, dbias = memory.empty(m, r, dtype), memory.empty(k, r, torch.float32), memory.empty(1, k, torch.float32)
-    lora_linear_cuda.grad_up(x, s, memory.copy(torch.randn(k, r), torch.float32), torch.ones(()), ds, db, dbias[0])
-    for t in (ds, db, dbias):
-        assert t.isfinite().all()
-    memory.close()
+    dtype, one, (m, n, ranks) = torch.bfloat16, torch.ones(()), (67, 21, (12, 5))
+    x = guarded.copy(torch.randn(m, k), dtype, gap=8)
+    a = [guarded.copy(torch.randn(r, k), torch.float32) for r in ranks]
+    s = cuda.down(x, a, 0.0, None)
+    exact = x.double() @ torch.cat(a).to(dtype).double().t()
+    assert close(s, exact, 2**-8)
+    s = guarded.copy(s, dtype, gap=4)
+    for dx in (None, guarded.copy(torch.randn(m, k), dtype, gap=8)):
+        rounded = s.double() @ torch.cat(a).to(dtype).double()
+        expected = None if dx is None else dx.double() + rounded
+        got, das = cuda.grad_down(dx, x, s, a, (True, True), (True, True), 0.0, None)
+        assert got is dx and (dx is None or close(dx, expected, 2**-7))
+        assert close(torch.cat(das), s.double().t() @ x.double(), 2**-12)
+        assert dx is None or dx.as_strided((m - 1, 8), (k + 8, 1), dx.storage_offset() + k).isnan().all()
+    b = [guarded.copy(torch.randn(n, r), torch.float32) for r in ranks]
+    ys = [guarded.copy(torch.randn(m, n), dtype, gap=3) for _ in ranks]
+    expected = reference.up(
+        [y.double() for y in ys], s.double(), [b_i.double() for b_i in b], [one, one], (None, ys[1][0].double())
+    )
+    bias = guarded.copy(ys[1][:1], dtype)[0]
+    cuda.up(ys, s, b, [one, one], (None, bias))
+    for y, exact in zip(ys, expected):
+        assert close(y, exact, 2**-6)
+        assert y.as_strided((m - 1, 3), (n + 3, 1), y.storage_offset() + n).isnan().all()
+    arguments = s, b, [one, one], True, (True, True), (True, True)
+    found, expected = cuda.grad_up(ys, *arguments), reference.grad_up(ys, *arguments)
+    assert close(found[0], expected[0], 2**-5)
+    for got, exact in zip([*found[1], *found[2]], [*expected[1], *expected[2]], strict=True):
+        assert close(got, exact, 2**-5)
+    assert (m, sum(ranks)) in guarded.shapes and (32, max(8, -(-k // 8) * 8)) in guarded.shapes  # s; a packed
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_a_projection_without_a_gradient_is_left_out(backend, guarded):
+    """Its t is 0, and no garbage there reaches another's gradients."""
+    dtype, one, (m, k, n) = torch.bfloat16, torch.ones(()), (35, 40, 24)
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    a, b = [torch.randn(r, k) for r in (4, 6, 3)], [torch.randn(n, r) for r in (4, 6, 3)]
+    s, live, yes = cuda.down(x, a, 0.0, None), (True, False, True), (True,) * 3
+    t, dbs, dbiases = cuda.grad_up([dy, None, dy], s, b, [one] * 3, True, yes, yes)
+    assert not t[:, 4:10].any() and dbs[1] is dbiases[1] is None
+    t[:, 4:10] = float("nan")
+    dx, das = cuda.grad_down(torch.zeros_like(x), x, t, a, live, yes, 0.0, None)
+    assert das[1] is None and close(das[2], t[:, 10:].double().t() @ x.double(), 2**-8)
+    assert close(dx, t[:, :4].double() @ a[0].to(dtype).double() + t[:, 10:].double() @ a[2].to(dtype).double(), 2**-7)
+
+
+def test_what_does_not_fit_is_refused(backend):
+    """Before anything is read or written: sizes, dtypes, devices and lengths that the kernels would take at their word."""
+    x, half = torch.randn(5, 16), torch.bfloat16
+    a, b, one, yes = torch.randn(4, 16), torch.randn(8, 4), torch.ones(()), (True,)
+    s, y = torch.randn(5, 4).to(half), torch.zeros(5, 8).to(half)
+    refused = [
+        (lambda: cuda.down(x, (a,), 0.0, None), r"lora_linear_down: x must be .*bfloat16 or float16, got \[5, 16\]"),
+        (lambda: cuda.down(x.to(half), (a[:, 1:],), 0.0, None), r"a must be \[R, K\] = \[R, 16\], got \[4, 15\]"),
+        (lambda: cuda.down(x.to(half), (a.t().contiguous().t(),), 0.0, None), "a must be .*contiguous rows"),
+        (lambda: cuda.down(x.to(half), (a.double(),), 0.0, None), "a must be float32, bfloat16 or float16"),
+        (lambda: cuda.down(x.to(half), (a,), 0.5, None), r"seed must be \[\], int64, got None"),
+        (lambda: cuda.up((y,), s[:, :3], (b,), (one,), (None,)), r"s must be \[5, 4\].* got \[5, 3\]"),
+        (lambda: cuda.up((y[:4],), s, (b,), (one,), (None,)), "y must be"),
+        (lambda: cuda.up((y[:, :7],), s, (b,), (one,), (None,)), r"b must be \[N, R\] = \[7, R\]"),
+        (lambda: cuda.up((y,), s, (b,), (one.double(),), (None,)), "scale must be"),
+        (lambda: cuda.up((y, y), s, (b,), (one,), (None,)), "entry a projection"),
+        (lambda: cuda.up((y,), s, (b,), (one,), (b[0],)), r"lora_bias must be \[8\]"),
+        (lambda: cuda.grad_up((y[:4],), s, (b,), (one,), True, yes, yes), "dy must be"),
+        (lambda: cuda.grad_down(None, None, s, (a,), yes, yes, 0.0, None), "x must be a tensor where dA is needed"),
+        (lambda: cuda.grad_down(x, None, s, (a,), yes, (False,), 0.0, None), "dx must be"),
+    ]  # fmt: skip
+    for call, message in refused:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not y.any()
+    if backend == "cuda@cuda":
+        with pytest.raises(ValueError, match="on the other tensors' device"):
+            cuda.down(x.to(half), (a.cpu(),), 0.0, None)
+        with pytest.raises(ValueError, match="on a CUDA device"):
+            cuda.down(x.to(half).cpu(), (a.cpu(),), 0.0, None)
 
 
 def test_not_a_number_reaches_the_result_and_nothing_else(backend):
@@ -132,3 +208,13 @@ def test_lora_linear_over_4bit(backend, m, dtype):
     """The whole op on this backend: the kernel of few rows, or a decoded weight, with the rank-R passes around it."""
     check_4bit(m, 128, 72, 6, dtype, double_quant=m % 2 == 1)
     check_4bit(m, 37, 21, 3, dtype, p=0.2, seed=5)
+
+
+@pytest.mark.parametrize("m", [7, 40])
+def test_the_base_has_the_same_bits_with_an_adapter(backend, m):
+    """One of zeros: in the kernel of few rows over 4-bit weights, and around a GEMM."""
+    x, w, zeros = torch.randn(m, 128).bfloat16(), torch.randn(72, 128), (torch.randn(4, 128), torch.zeros(72, 4))
+    for weight in (w.bfloat16(), fp.ops.quantize_4bit(w).to(x.device)):
+        for p in (0.0, 0.5):
+            y = fp.ops.lora_linear(x, weight, *zeros, dropout_p=p, seed=1)
+            assert torch.equal(y, fp.ops.lora_linear(x, weight, None, None))

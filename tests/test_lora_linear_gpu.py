@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fastpeft as fp
-from fastpeft.ops import lora_linear, lora_linear_gpu, lora_linear_group
+from fastpeft.backends import plans
+from fastpeft.ops import lora_linear, lora_linear_group
 
 pytestmark = pytest.mark.gpu
 FUSED_FROM = {"torch's GEMM": {}, "fused": {"float32": 1, "bfloat16": 1, "float16": 1}}
@@ -23,10 +24,11 @@ def backend(request):
 
 
 @pytest.fixture(params=FUSED_FROM)
-def plan(request, backend, monkeypatch):
+def plan(request, backend):
     if backend == "cuda" and request.param == "fused":
         pytest.skip("the CUDA C++ passes stand around PyTorch's GEMM alone")
-    monkeypatch.setattr(lora_linear_gpu, "_fused_from", lambda device: FUSED_FROM[request.param])
+    with plans.override("gpu", fused_from_m={torch.cuda.get_device_name(): FUSED_FROM[request.param]}):
+        yield
 
 
 def layer(m=300, k=512, ns=(384, 128), r=16, dtype=torch.bfloat16, device="cuda"):

@@ -84,9 +84,7 @@ PYBIND11_MODULE(_cpu_checked, m) {
   m.def("set_isa", set_isa_by_name, "name"_a);
   m.def("set_plan", set_plan, "rows"_a, "few_rows_untiled"_a, "dot"_a);
   m.def("set_books", set_books, "nf4"_a, "fp4"_a, "map"_a, "The code books of 4-bit weights, float32 on the CPU.");
-  m.def(
-      "set_allocator", [](py::object f) { torch_.allocate_instead = f.is_none() ? nullptr : f.release().ptr(); },
-      "For tests: results are what f(shape, dtype code) returns; None: PyTorch's allocator.");
+  m.def("set_allocator", set_allocator, "f"_a.none(true));
   define_lora_linear(m);
   define_linear4bit(m);
 }

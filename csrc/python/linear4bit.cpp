@@ -4,11 +4,11 @@
 #include <string.h>
 
 #include "cpu.h"
+#include "weight4bit.h"
 
 namespace fastpeft {
 
 static float books[2][16], dynamic_map[256];
-constexpr int TILE_ROWS = 16;
 
 void set_books(const Tensor& nf4, const Tensor& fp4, const Tensor& map) {
   const Tensor* const given[] = {&nf4, &fp4, &map};
@@ -23,44 +23,11 @@ void set_books(const Tensor& nf4, const Tensor& fp4, const Tensor& map) {
 
 namespace {
 
-// The fields of a fastpeft.Weight4bit by name.
-struct Names {
-  PyObject* all[8];
-  Names() {
-    const char* const names[] = {"data", "scales", "nested_absmax", "offset", "shape", "blocksize", "tiled", "quant_type"};
-    for (int i = 0; i < 8; ++i) all[i] = PyUnicode_InternFromString(names[i]);
-  }
-};
-
-// The kernels read what these sizes say, so each is held against its tensor.
-const char* read_packed(PyObject* object, const Tensor& x, Base* out) {
-  static const Names names;
-  py::object fields[8];
-  for (int i = 0; i < 8; ++i) {
-    fields[i] = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, names.all[i]));
-    if (!fields[i]) return PyErr_Clear(), "is neither a torch.Tensor nor an fp.Weight4bit";
-  }
-  const py::object &shape = fields[4], &quant_type = fields[7];
-  if (!PyTuple_CheckExact(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 2) return "has no shape (N, K)";
-  Tensor parts[4];
-  for (int i = 0; i < 4; ++i)
-    if (!fields[i].is_none() && !borrow(fields[i].ptr(), &parts[i], false)) return "has parts that are no plain tensors";
-  const auto& [data, scales, nested, offset] = parts;
-  const int64_t N = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), 0));
-  const int64_t K = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), 1));
-  const int64_t blocksize = PyLong_AsLongLong(fields[5].ptr());
-  if (PyErr_Occurred()) return PyErr_Clear(), "has sizes that are no ints";
-  if (N < 0 || K < 0 || blocksize < 2 || (blocksize & (blocksize - 1))) return "has sizes that make no sense";
-  const int64_t blocks = (N * K + blocksize - 1) / blocksize;
-  const bool tiled = fields[6].ptr() == Py_True, is_nested = (bool)nested;
-  const auto flat = [&](const Tensor& t, int dtype, int64_t count) {
-    return t && t.dtype() == dtype && t.numel() >= count && t.contiguous() && t.same_device(x);
-  };
-  if (!flat(data, UINT8, (N * K + 1) / 2) || !flat(scales, is_nested ? UINT8 : FLOAT32, blocks) ||
-      (is_nested && (!flat(nested, FLOAT32, (blocks + 255) / 256) || !flat(offset, FLOAT32, 1))))
-    return "has parts of another size, dtype or device than its shape asks for";
-  if (tiled && (K % 8 || K == 0 || N < TILE_ROWS)) return "is in tiles, but its shape has none";
-  const bool fp4 = PyUnicode_CompareWithASCIIString(quant_type.ptr(), "fp4") == 0;
+const char* read_packed_base(PyObject* object, const Tensor& x, Base* out) {
+  Packed w;
+  if (const char* wrong = read_packed(object, &w)) return wrong;
+  if (!w.data.same_device(x)) return "is on another device";
+  const auto& [N, K, blocksize, tiled, fp4, data, scales, nested, offset] = w;
   out->N = N, out->K = K;
   out->packed = {N,
                  K,
@@ -94,7 +61,7 @@ bool read_base(PyObject* object, const Tensor& x, Base* out, bool raise) {
     else
       out->N = out->dense.size(0), out->K = out->dense.size(1);
   } else {
-    wrong = read_packed(object, x, out);
+    wrong = read_packed_base(object, x, out);
   }
   if (wrong && raise) throw py::value_error(text("fastpeft: the weight ", wrong));
   return !wrong;

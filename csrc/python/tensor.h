@@ -88,7 +88,9 @@ struct Torch {
   const dlpack::ExchangeApi* api = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   PyObject *is_neg = nullptr, *get_num_threads = nullptr, *is_grad_enabled = nullptr, *requires_grad = nullptr;
-  PyObject* watchers[4] = {};           // functions whose answer is false or None in a plain call
+  PyObject *empty = nullptr, *empty_keywords = nullptr, *device = nullptr;
+  PyObject* dtypes[5] = {};              // by Dtype, INT64 and UINT8
+  PyObject* watchers[4] = {};            // functions whose answer is false or None in a plain call
   PyObject* allocate_instead = nullptr;  // (shape, dtype code) -> tensor: tests hand out guarded memory
 };
 inline Torch torch_;
@@ -101,8 +103,7 @@ inline PyObject* attribute(const char* module, const char* name) {
 inline void import_torch() {
   torch_.tensor = (PyTypeObject*)attribute("torch", "Tensor");
   torch_.parameter = (PyTypeObject*)attribute("torch.nn", "Parameter");
-  const py::object capsule =
-      py::getattr(py::handle((PyObject*)torch_.tensor), "__dlpack_c_exchange_api__", py::none());
+  const py::object capsule = py::getattr(py::handle((PyObject*)torch_.tensor), "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api"))
     throw py::import_error("this torch has no DLPack C exchange API: torch 2.11 or newer is needed");
   auto* api = (dlpack::ExchangeApi*)PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
@@ -111,6 +112,11 @@ inline void import_torch() {
   torch_.api = api;
   torch_.is_neg = PyUnicode_InternFromString("is_neg");
   torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
+  torch_.empty = attribute("torch", "empty");
+  torch_.empty_keywords = py::make_tuple("dtype", "device").release().ptr();
+  torch_.device = PyUnicode_InternFromString("device");
+  const char* const dtypes[] = {"float32", "bfloat16", "float16", "int64", "uint8"};
+  for (int i = 0; i < 5; ++i) torch_.dtypes[i] = attribute("torch", dtypes[i]);
   torch_.get_num_threads = attribute("torch", "get_num_threads");
   torch_.is_grad_enabled = attribute("torch", "is_grad_enabled");
   torch_.watchers[0] = attribute("torch._C", "_is_any_autocast_enabled");
@@ -211,6 +217,24 @@ inline bool requires_grad(const Tensor& t) {
 
 // ---- results ----
 
+// For tests: results and workspaces are what f(shape, dtype code) returns; None: PyTorch's allocator.
+inline void set_allocator(py::object f) { torch_.allocate_instead = f.is_none() ? nullptr : f.release().ptr(); }
+
+// Memory on `like`'s device, by PyTorch's allocator, until its deleter is called. The GIL is held.
+inline dlpack::Managed* allocate_managed(const Tensor& like, const int64_t* shape, int dims, int dtype) {
+  dlpack::View prototype{nullptr, like.view.device, dims, dlpack_of(dtype), (int64_t*)shape, nullptr, 0};
+  dlpack::Managed* made = nullptr;
+  std::string message = "no memory";
+  const auto set_error = [](void* context, const char*, const char* text) { *(std::string*)context = text; };
+  if (torch_.api->allocate(&prototype, &made, &message, set_error)) {
+    PyErr_SetString(PyExc_MemoryError, message.c_str());
+    throw py::error_already_set();
+  }
+  return made;
+}
+
+inline void* data_of(const dlpack::View& view) { return view.data ? (char*)view.data + view.byte_offset : nullptr; }
+
 constexpr int MAX_DIMS = 64;  // as PyTorch has it
 
 struct Result {
@@ -220,26 +244,27 @@ struct Result {
 
 // A new contiguous tensor on `like`'s device, by PyTorch's allocator. The GIL is held.
 inline Result allocate(const Tensor& like, const int64_t* shape, int dims, int dtype) {
+  PyObject* object = nullptr;
+  if (like.view.device.type == dlpack::CPU && !torch_.allocate_instead) {
+    dlpack::Managed* made = allocate_managed(like, shape, dims, dtype);
+    void* const data = data_of(made->tensor);
+    if (torch_.api->object_from_managed(made, (void**)&object)) throw py::error_already_set();
+    return {py::reinterpret_steal<py::object>(object), data};
+  }
+  py::tuple sizes(dims);
+  for (int i = 0; i < dims; ++i) sizes[i] = shape[i];
   if (torch_.allocate_instead) {
-    py::tuple sizes(dims);
-    for (int i = 0; i < dims; ++i) sizes[i] = shape[i];
-    const py::object object = py::handle(torch_.allocate_instead)(sizes, dtype);
-    Tensor t;
-    if (!borrow(object.ptr(), &t, true)) throw py::error_already_set();
-    return {object, t.data()};
+    object = py::object(py::handle(torch_.allocate_instead)(sizes, dtype)).release().ptr();
+  } else {  // record_stream does nothing to a tensor that DLPack has made
+    const auto device = py::reinterpret_steal<py::object>(PyObject_GetAttr(like.object, torch_.device));
+    PyObject* arguments[] = {sizes.ptr(), torch_.dtypes[dtype], device.ptr()};
+    if (device) object = PyObject_Vectorcall(torch_.empty, arguments, 1, torch_.empty_keywords);
   }
-  dlpack::View prototype{nullptr, like.view.device, dims, dlpack_of(dtype), (int64_t*)shape, nullptr, 0};
-  dlpack::Managed* made = nullptr;
-  void* object = nullptr;
-  std::string message = "no memory";
-  const auto set_error = [](void* context, const char*, const char* text) { *(std::string*)context = text; };
-  if (torch_.api->allocate(&prototype, &made, &message, set_error)) {
-    PyErr_SetString(PyExc_MemoryError, message.c_str());
-    throw py::error_already_set();
-  }
-  void* const data = (char*)made->tensor.data + made->tensor.byte_offset;
-  if (torch_.api->object_from_managed(made, &object)) throw py::error_already_set();
-  return {py::reinterpret_steal<py::object>((PyObject*)object), data};
+  Result result{py::reinterpret_steal<py::object>(object)};
+  Tensor t;
+  if (!object || !borrow(object, &t, true)) throw py::error_already_set();
+  result.data = t.data();
+  return result;
 }
 inline Result allocate(const Tensor& like, std::initializer_list<int64_t> shape, int dtype) {
   return allocate(like, shape.begin(), (int)shape.size(), dtype);

@@ -1,7 +1,7 @@
 """The base of a layer, dense or in 4 bits, as one thing: y = x Wᵀ + bias and dx = dy W.
 
 The only place that asks what a weight is. A device's `project_dense`, `combine_dense`, `project_4bit` and `combine_4bit`
-(in its folder, beside its passes) take what is of one kind; PyTorch's GEMM is the common way for dense weights.
+(in its folder, beside its passes) take what is of one kind; PyTorch's GEMM (`gemm.py`) is the common way for dense weights.
 """
 
 from __future__ import annotations
@@ -11,25 +11,19 @@ from typing import Any
 
 import torch
 
-from .. import native
-from ..reference import linear4bit as reference
-from ..weight4bit import Weight4bit, set_decoder
-from . import choice
-from .cpu import linear4bit as cpu
-from .cuda import linear4bit as cuda
-from .triton import linear4bit as triton
+from ..weight4bit import Weight4bit
 
 Base = torch.Tensor | Weight4bit
 
 
 def project(device: Any, x: torch.Tensor, weights: Sequence[Base], biases: Sequence[torch.Tensor | None]) -> list:
     """[x W_iᵀ + bias_i], each [M, N_i], of x [M, K], W_i [N_i, K], bias_i [N_i] or None"""
-    packed = [isinstance(w, Weight4bit) for w in weights]
-    if not any(packed):
+    if packed(weights) is False:
         return device.project_dense(x, weights, biases)
-    ys: list[Any] = [None] * len(packed)
+    kinds = [isinstance(w, Weight4bit) for w in weights]
+    ys: list[Any] = [None] * len(kinds)
     for way, wanted in ((device.project_dense, False), (device.project_4bit, True)):
-        of = [i for i, is_packed in enumerate(packed) if is_packed == wanted]
+        of = [i for i, kind in enumerate(kinds) if kind == wanted]
         found = way(x, [weights[i] for i in of], [biases[i] for i in of]) if of else []
         for i, y in zip(of, found):
             ys[i] = y
@@ -38,31 +32,21 @@ def project(device: Any, x: torch.Tensor, weights: Sequence[Base], biases: Seque
 
 def combine(device: Any, dys: Sequence[torch.Tensor], weights: Sequence[Base]) -> torch.Tensor:
     """Σ dy_i W_i [M, K] of dy_i [M, N_i]"""
-    dense = [(dy, w) for dy, w in zip(dys, weights) if not isinstance(w, Weight4bit)]
-    packed = [(dy, w) for dy, w in zip(dys, weights) if isinstance(w, Weight4bit)]
-    dx = device.combine_dense(*zip(*dense)) if dense else None
-    if not packed:
+    plain = [(dy, w) for dy, w in zip(dys, weights) if not isinstance(w, Weight4bit)]
+    in_4bit = [(dy, w) for dy, w in zip(dys, weights) if isinstance(w, Weight4bit)]
+    dx = device.combine_dense(*zip(*plain)) if plain else None
+    if not in_4bit:
         return dx
-    rest = device.combine_4bit(*zip(*packed))
+    rest = device.combine_4bit(*zip(*in_4bit))
     return rest if dx is None else dx.add_(rest)
+
+
+def packed(weights: Sequence[Base]) -> bool | None:
+    """Whether all are in 4 bits; None: some are."""
+    kinds = {isinstance(w, Weight4bit) for w in weights}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def dense(weight: Base, dtype: torch.dtype) -> torch.Tensor:
     """[N, K] on the weight's device: a 4-bit one decoded into `dtype`, a dense one as it is."""
-    return decode(weight, dtype) if isinstance(weight, Weight4bit) else weight
-
-
-def decode(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
-    """[N, K] of `dtype`: codebook[code] · scale in float32, rounded once"""
-    device = weight.device.type
-    if dtype in native.CODES:
-        if device == "cpu" and choice.allows("cpu") and native.cpu():
-            return cpu.dequantize(weight, dtype)
-        if device == "cuda" and choice.allows("cuda") and native.cuda():
-            return cuda.dequantize(weight, dtype)
-        if device == "cuda" and choice.allows("triton") and native.triton("linear4bit"):
-            return triton.dequantize(weight, dtype)
-    return reference.dense(weight, dtype)
-
-
-set_decoder(decode)
+    return weight.dequantize(dtype) if isinstance(weight, Weight4bit) else weight

@@ -1,26 +1,28 @@
-"""PyTorch's GEMM for dense weights, and matrices of rows for it."""
+"""PyTorch's GEMM for dense weights, and matrices of rows for it. Weights may be made one at a time, as they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 
-def gemm(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + bias by PyTorch"""
+def gemms(
+    x: torch.Tensor, weights: Iterable[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """[x W_iᵀ + bias_i]"""
+    return [_gemm(x, w, bias) for w, bias in zip(weights, biases)]
+
+
+def _gemm(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
 
 
-def gemms(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> list:
-    return [gemm(x, w, bias) for w, bias in zip(weights, biases)]
-
-
-def grad_gemms(dys: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Σ dy_i W_i by PyTorch"""
-    dx = torch.mm(dys[0], weights[0])
-    for dy, w in zip(dys[1:], weights[1:]):
-        dx.addmm_(dy, w)
+def grad_gemms(dys: Sequence[torch.Tensor], weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Σ dy_i W_i"""
+    dx = None
+    for dy, w in zip(dys, weights):
+        dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
     return dx
 
 

@@ -9,7 +9,6 @@ import math
 
 import torch
 
-from ..backends import base
 from ..backends.choice import choose
 from ..backends.cpu import lora_linear as cpu
 from ..backends.cuda import lora_linear as cuda
@@ -142,7 +141,7 @@ def _flat(weight):
 
 decode = define(
     f"linear4bit_dequantize({_WEIGHT}, ScalarType dtype) -> Tensor",
-    lambda *weight_and_dtype: base.decode(_weight(*weight_and_dtype[:5]), weight_and_dtype[5]),
+    lambda *weight_and_dtype: _weight(*weight_and_dtype[:5]).dequantize(weight_and_dtype[5]),
     lambda data, scales, nested_absmax, offset, form, dtype: data.new_empty(form[:2], dtype=dtype),
 )
 

@@ -2,8 +2,8 @@
 
     y = out_scale · ((x·in_scale) Wᵀ + scale·(drop(x) Aᵀ) Bᵀ + lora_bias) + bias
 
-Top-down: the public functions; the way to the op; `forward` and `backward` over the passes of a backend
-(`backends/<device>/lora_linear.py`, `reference/lora_linear.py`, or registered: `_registered.py`); the autograd.Function around them.
+Top-down: the public functions; the way to the passes; `forward` and `backward` over those of any backend
+(`backends/<device>/lora_linear.py`, `reference/lora_linear.py`, or registered: `_registered.py`); one autograd.Function.
 Everything is a group of projections that read one x; a single layer is a group of one. Lists have an entry a projection.
 """
 
@@ -23,8 +23,8 @@ from ..backends.cpu import lora_linear as cpu
 from ..reference import lora_linear as reference
 from ..weight4bit import Weight4bit, join, split
 from . import _check
-from ._registered import BACKENDS, Compiled, Seen
 from ._op import plain_call, transformed
+from ._registered import BACKENDS, Compiled, Seen
 
 Weights = Sequence[torch.Tensor | Weight4bit]
 Optionals = Sequence[torch.Tensor | None]

@@ -37,13 +37,15 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def on_device(launch):
-    """Kernels go to the device of the first argument, whichever is current."""
+    """Kernels go to the device of the arguments, whichever is current."""
 
     @functools.wraps(launch)
-    def wrapper(x, *args, **kwargs):
-        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-            return launch(x, *args, **kwargs)
-        with torch.cuda.device(x.device):
-            return launch(x, *args, **kwargs)
+    def wrapper(*args):
+        flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)))
+        device = next(t.device for t in flat if hasattr(t, "device"))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
 
     return wrapper

@@ -1,13 +1,12 @@
 """Launches the Triton kernels of linear4bit: block sizes, grids, workspaces.
 
-A weight is a `fastpeft.Weight4bit` in bitsandbytes' order: `.data` uint8, `.scales` float32 or (nested) uint8 with
-`.nested_absmax` and `.offset`, `.shape` (N, K), `.blocksize`, the code books `.quant_map` [16] and `.codebook` [256] or
-None; all on x's device. Other arguments as in `lora_linear_launch.py`. The weight puts its code books on a device when it is
-first asked there: not while a graph is captured.
+A weight is a `fastpeft.Weight4bit`, on x's device; other arguments as in `lora_linear_launch.py`. It puts its code books
+(`quant_map` [16], `codebook` [256] or None) on a device when it is first asked there: not while a graph is captured.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -17,9 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import linear4bit as kernels
 from ._launch import INTERPRETED, capability, dropout, multiprocessors, on_device, precision
-from .lora_linear_launch import Span, _block, _describable, _only, _rank_block, _spans, _stride
-
-__all__ = ["Span", "combine", "dequantize", "project"]
+from .lora_linear_launch import _block, _describable, _rank_block, _spans, _stride, combine_by, project_by
 
 
 def _scales(weight) -> dict[str, object]:
@@ -45,31 +42,16 @@ def _codes(weight) -> tuple[torch.Tensor, bool]:
 
 
 @on_device
-def dequantize(weight, out):
-    """out [N, K], contiguous, = codebook[code] · scale in float32, rounded once"""
+def dequantize(weight, dtype):
+    """-> [N, K] = codebook[code] · scale in float32, rounded once"""
+    weight, out = weight.untile(), torch.empty(weight.shape, dtype=dtype, device=weight.device)
     size, block = out.numel(), 2048
-    if size == 0:
-        return
-    kernels.linear4bit_dequantize_kernel[(triton.cdiv(size, block),)](
-        out, weight.data, SIZE=size, BYTES=weight.data.numel(), UNIT=min(weight.blocksize, block), BLOCK=block,
-        num_warps=4, **_scales(weight),
-    )  # fmt: skip
-
-
-@on_device
-def project(x, weight, bias, lora_bias, s, b, span, scale):
-    """y [M, N] = x Wᵀ + s (scale·B)ᵀ + bias + lora_bias in one GEMM; b None: no rank-R term"""
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    s, ups, spans = _only(s, b, span)
-    up_strides = (1, 0 if b is None else span.rank)
-    _gemm(x, weight, True, y, False, s, ups, spans, up_strides, scale, bias, lora_bias, 0.0, None)
-    return y
-
-
-@on_device
-def combine(dy, weight, dx, accumulate, t, a, spans, p, seed):
-    """dx [M, K] (+)= dy W + Σ_i drop_i(t_i A_i)"""
-    _gemm(dy, weight, False, dx, accumulate, t, tuple(a), spans, (dx.shape[1], 1), None, None, None, p, seed)
+    if size:
+        kernels.linear4bit_dequantize_kernel[(triton.cdiv(size, block),)](
+            out, weight.data, SIZE=size, BYTES=weight.data.numel(), UNIT=min(weight.blocksize, block), BLOCK=block,
+            num_warps=4, **_scales(weight),
+        )  # fmt: skip
+    return out
 
 
 class Tiles(NamedTuple):
@@ -105,7 +87,7 @@ def _tiles(m: int, c: int, j: int, dtype: torch.dtype, words: bool, p: float, de
 
 def _gemm(left, weight, w_is_cj, out, accumulate, s, ups, spans, up_strides, scale, bias, lora_bias, p, seed):
     """out [M, C] (+)= left [M, J] · w [J, C] + the rank-R terms; w = Wᵀ (w_is_cj) or W"""
-    (m, j), c = left.shape, out.shape[1]
+    weight, (m, j), c = weight.untile(), left.shape, out.shape[1]
     if m == 0 or c == 0:
         return
     codes, words = _codes(weight)
@@ -138,3 +120,6 @@ def _gemm(left, weight, w_is_cj, out, accumulate, s, ups, spans, up_strides, sca
         kernels.linear4bit_finish_kernel[(triton.cdiv(m, block_m), triton.cdiv(c, block_c))](
             out, parts, PARTS=count, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=2, **rest
         )
+
+
+project, combine = functools.partial(project_by, _gemm), functools.partial(combine_by, _gemm)
