@@ -791,7 +791,7 @@ def test_forced_backends():
         with fp.backend("torch"):
             (y,) = lora_linear_group(*one, scales=[scale], dropout_p=p)
             assert torch.equal(y, lora_linear(**args, scale=scale, dropout_p=p))
-    assert fp.ops._backend.forced() == ""
+    assert fp.backends.choice.forced() == ""
 
 
 # ---- fp.nn.LoraLinear ----------------------------------------------------------------------------

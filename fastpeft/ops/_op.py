@@ -51,3 +51,23 @@ def plain_call(x: torch.Tensor) -> bool:
 def transformed() -> bool:
     """Whether a functorch transform (torch.func.grad, vmap) is active, outside of the compiler."""
     return not is_compiling() and peek_interpreter_stack() is not None
+
+
+def once_differentiable(op: str, grads, sources) -> tuple:
+    """The gradients of an op that has no second derivative, which say so when they are differentiated."""
+    sources = [t for t in sources if t is not None and t.requires_grad]
+    return tuple([None if g is None else _NoSecondDerivative.apply(op, g, *sources) for g in grads])
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, grad, *sources):
+        ctx.op = op
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            f"{ctx.op} has no second derivative; for one (a gradient penalty, say) compute the layer with plain PyTorch: "
+            f"fastpeft.reference.{ctx.op}"
+        )

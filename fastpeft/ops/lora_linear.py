@@ -10,7 +10,6 @@ Everything is a group of projections that read one x; a single layer is a group 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from ..backends.choice import allows, choose, forced
 from ..backends.cpu import lora_linear as cpu
 from ..reference import lora_linear as reference
 from ..weight4bit import Weight4bit, join, split
-from . import _check
-from ._op import plain_call, transformed
+from . import _arguments, _check
+from ._op import once_differentiable, plain_call, transformed
 from ._registered import BACKENDS, Compiled, Seen
 
 Weights = Sequence[torch.Tensor | Weight4bit]
@@ -107,19 +106,12 @@ def lora_linear_group(
     """
     n = len(weights)
     none = (None,) * n
-    lists = {
-        "weights": weights,
-        "biases": biases or none,
-        "a": a,
-        "b": b,
-        "scales": scales,
-        "lora_biases": lora_biases or none,
-    }
-    for name, given in lists.items():
+    lists = weights, biases or none, a, b, scales, lora_biases or none
+    for name, given in zip(("a", "biases", "a", "b", "scales", "lora_biases"), lists):
         if len(given) != n or n == 0:
             expected = f"as long as weights, at least one (weights has {n})"
-            _check.bad_value("lora_linear_group", "a" if n == 0 else name, expected, len(given))
-    return list(run("lora_linear_group", x, tuple(map(tuple, lists.values())), dropout_p, seed))
+            _check.bad_value("lora_linear_group", name, expected, len(given))
+    return list(run("lora_linear_group", x, tuple(map(tuple, lists)), dropout_p, seed))
 
 
 # ---- from the public call to forward ---------------------------------------------------------------------------------
@@ -136,23 +128,16 @@ def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[t
         plain, passes = True, cpu
     else:
         if flags < 0:
-            x, lists = _autocast(x, lists)
+            x, lists = _arguments.autocast(x, lists)
             _check.call(op, x, lists, p)
-            if in_scale is not None or out_scale is not None or p == 1.0 or _trained(lists[4]) or transformed():
+            special = in_scale is not None or out_scale is not None or p == 1.0
+            if special or _arguments.any_trained(lists[4]) or transformed():
                 return _by_definition(op, x, lists, p, seed, in_scale, out_scale)
-            x, lists = _as_kernels_read(x, lists)
-        *rest, a, b, scales, lora_biases = lists
-        lists = (
-            *rest,
-            a,
-            b,
-            tuple([None if a_i is None else _scale(scale, x) for a_i, scale in zip(a, scales)]),
-            lora_biases,
-        )
-        if flags < 0:
+            x, lists = _arguments.as_passes_read(x, lists)
             flags = _flags(x, lists)
-        plain = plain_call(x)
-        passes = choose("lora_linear", BACKENDS, (x, a, b), forced()) if plain else forced()
+        lists = _arguments.with_tensor_scales(x, lists)
+        plain = plain_call(x) and not x.is_meta
+        passes = choose("lora_linear", BACKENDS, (x, *lists[2:4]), forced()) if plain else forced()
     seed = _check.seed_tensor(op, seed, x.device) if p else None
     if not flags & NEEDS_GRAD:
         return (found or forward(_passes(passes), x, *lists, p, seed))[0]
@@ -161,11 +146,8 @@ def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[t
     return apply(call, x, *lists[1], *lists[2], *lists[3], *lists[5])
 
 
-NEEDS_GRAD, TRAINS_A, PACKED = (
-    1,
-    2,
-    4,
-)  # flags of a call, as `lora_linear_begin` in csrc/python/lora_linear.cpp gives them
+# flags of a call, as `lora_linear_begin` in csrc/python/lora_linear.cpp gives them
+NEEDS_GRAD, TRAINS_A, PACKED = 1, 2, 4
 
 
 def _flags(x, lists) -> int:
@@ -176,54 +158,11 @@ def _flags(x, lists) -> int:
     return NEEDS_GRAD | PACKED | (TRAINS_A if wants[-1] else 0)
 
 
-def _trained(scales) -> bool:
-    return any([isinstance(scale, torch.Tensor) and scale.requires_grad for scale in scales])
-
-
 def _passes(of: Any) -> Any:
     """A plain call has a backend's passes already; else `of` is the name of the forced backend, or ""."""
     if isinstance(of, str):
         return Compiled(of) if is_compiling() else Seen(of)
     return of
-
-
-def _autocast(x, lists):
-    """Under autocast everything computes in its dtype, as `torch.nn.functional.linear` does."""
-    if not isinstance(x, torch.Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return x, lists
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(t: Any) -> Any:
-        narrow = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if narrow else t
-
-    return cast(x), (tuple(map(cast, lists[0])), *lists[1:])
-
-
-def _as_kernels_read(x, lists):
-    """Nothing lazily negated or zero, adapters and biases contiguous, a float64 bias beside a narrower x in float32."""
-
-    def of(t: Any, contiguous: bool = True, narrow: bool = False) -> Any:
-        if not isinstance(t, torch.Tensor):
-            return t
-        t = t.resolve_neg()
-        if not is_compiling() and t._is_zerotensor():
-            t = t.clone()
-        if narrow and t.dtype == torch.float64 != x.dtype:
-            t = t.float()
-        return t.contiguous() if contiguous else t
-
-    as_it_is, narrow = partial(of, contiguous=False), partial(of, narrow=True)
-    ways = as_it_is, narrow, of, of, of, narrow
-    return as_it_is(x), tuple(tuple(map(way, ts)) for way, ts in zip(ways, lists))
-
-
-def _scale(scale: Any, x: torch.Tensor) -> torch.Tensor:
-    """[] or [R], float32 (float64 with x), on x's device: as a tensor it can change without recompiling."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if isinstance(scale, torch.Tensor):
-        return scale.to(wide)
-    return torch.full((), scale, dtype=wide, device=x.device)
 
 
 def _by_definition(op: str, x, lists, p, seed, in_scale, out_scale) -> list[torch.Tensor]:
@@ -309,11 +248,10 @@ class LoraLinear(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return _gradients(ctx.call, needs, saved, dys)
         with torch.no_grad():
-            out = _gradients(ctx.call, needs, saved, dys)
-        if not is_compiling():  # create_graph=True
-            sources = [t for t in (*saved, *dys) if t is not None and t.requires_grad]
-            out = tuple([None if g is None else _NoSecondDerivative.apply(g, *sources) for g in out])
-        return out
+            found = _gradients(ctx.call, needs, saved, dys)
+        return (
+            found if is_compiling() else once_differentiable("lora_linear", found, (*saved, *dys))
+        )  # create_graph=True
 
 
 # For plain calls: past what `apply` does for functorch and for defaults of arguments (3.7 of the 9 µs of an empty Function).
@@ -332,7 +270,7 @@ def _gradients(call, needs, saved, dys):
     dx, das, dbs, dbiases = None, none, none, none
     if any([dy is not None for dy in dys]):
         if not isinstance(passes, str) and not all([dy is None or plain_call(dy) for dy in dys]):
-            passes, scales = forced(), [None if t is None else _scale(t, s) for t in scales]
+            passes, scales = forced(), [None if t is None else _arguments.scale(t, s) for t in scales]
         wants_sum = [one or two for one, two in zip(wants_bias, wants_lora_bias)]
         weights = join(weights, flat[4 * n :], forms)
         dx, das, dbs, dbiases = backward(
@@ -341,18 +279,3 @@ def _gradients(call, needs, saved, dys):
     dbias = [g if want else None for g, want in zip(dbiases, wants_bias)]
     dlora_bias = [g if want else None for g, want in zip(dbiases, wants_lora_bias)]
     return None, dx, *dbias, *das, *dbs, *dlora_bias
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """apply(grad, *sources) -> grad, which says so when it is differentiated."""
-
-    @staticmethod
-    def forward(ctx, grad, *sources):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(
-            "lora_linear has no second derivative; for one (a gradient penalty, say) compute the layer with plain PyTorch: "
-            "fastpeft.reference.lora_linear"
-        )

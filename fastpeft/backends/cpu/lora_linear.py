@@ -14,9 +14,9 @@ from .. import plans
 from ..gemm import gemms, grad_gemms
 from ..meta import Meta, unfit
 from . import slabs
-from .linear4bit import combine_4bit, few, project_4bit
-
-__all__ = ["can", "combine_4bit", "combine_dense", "down", "fused", "grad_down", "grad_up", "project_4bit", "up"]
+from .linear4bit import combine_4bit as combine_4bit
+from .linear4bit import few
+from .linear4bit import project_4bit as project_4bit
 
 _cpu = native.cpu()
 if _cpu is not None:  # else `can` says why not, and nothing here is called

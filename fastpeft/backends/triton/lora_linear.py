@@ -11,20 +11,8 @@ from ... import native
 from .. import base, gemm, plans
 from ..meta import Meta, unfit
 from . import linear4bit
-from .linear4bit import combine_4bit, project_4bit
-
-__all__ = [
-    "can",
-    "combine_4bit",
-    "combine_dense",
-    "down",
-    "fused",
-    "fused_dx",
-    "grad_down",
-    "grad_up",
-    "project_4bit",
-    "up",
-]
+from .linear4bit import combine_4bit as combine_4bit
+from .linear4bit import project_4bit as project_4bit
 
 project_dense, combine_dense = gemm.gemms, gemm.grad_gemms
 
