@@ -195,8 +195,9 @@ def packed(launchers: Any, m: int, n: int, k: int, dtype: torch.dtype, nested: b
     weight = Weight4bit(data, scales, absmax, offset, (n, k), dtype, "nf4", 64)
     x, dy, s = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.empty(m, r, dtype=dtype)
     a, b, bias, seed = torch.empty(r, k), torch.empty(n, r), torch.empty(n, dtype=dtype), torch.tensor(1) if p else None
-    launchers.dequantize(weight, dtype)
-    launchers.project(x, [weight], [bias], s, [b], [torch.ones(())], [None])
+    if p == 0.0:
+        launchers.dequantize(weight, dtype)
+        launchers.project(x, [weight], [bias], s, [b], [torch.ones(())], [None])
     for before in ([], [None]):
         count = len(before) + 1
         launchers.combine([dy] * count, [weight] * count, s, [a, *before], [True] * count, p, seed)
