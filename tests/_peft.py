@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import peft
 import torch
+from _close import assert_close
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -138,6 +139,19 @@ def _rms(t: torch.Tensor) -> float:
 def assert_like_peft(fast: nn.Module, plain: nn.Module) -> None:
     """`fast` (applied) gives what `plain` (PEFT's code, same weights) gives, forward and backward."""
     assert_same_results(runs(fast), runs(plain), runs(double(plain)))
+
+
+def call(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    return module(*args)
+
+
+def assert_same_output(got: torch.Tensor, plain: nn.Module, *inputs: torch.Tensor, forward: Callable = call) -> None:
+    """`got` is what `plain` (PEFT's code: a layer, or with `forward=output` a model) computes, by the rule of `_close`."""
+    with torch.no_grad():
+        peer = forward(plain, *inputs)
+        exact = forward(double(dense(plain)), *(t.double() if t.is_floating_point() else t for t in inputs))
+    assert got.dtype == peer.dtype
+    assert_close(got.detach(), peer, exact)
 
 
 @contextlib.contextmanager

@@ -418,12 +418,7 @@ def test_any_shape_at_length(backend, m, k, n, r, dtype, kind, blocksize, aligne
 
 @pytest.mark.parametrize("lead", [(3, 5), (1, 1), (), (0,), (2, 0)], ids=str)
 def test_leading_shapes(backend, lead):
-    inputs = problem(None, 40, 20, 4, torch.float32, lead=lead)
-    weight = quantize_4bit(inputs["weight"])
-    dense = weight.dequantize()
-    y, expected = lora_linear(**inputs | {"weight": weight}), lora_linear(**inputs | {"weight": dense})
-    assert y.shape == (*lead, 20)
-    torch.testing.assert_close(y, expected)
+    check_all(None, 40, 20, 4, torch.float32, lead=lead)
 
 
 @pytest.mark.verifies("lora_linear_group over Weight4bit", "forward", "backward")

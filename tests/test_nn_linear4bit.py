@@ -38,13 +38,13 @@ def theirs(n=48, k=80, quant_type="nf4", double_quant=True, bias=True, dtype=tor
     return layer.to(dtype).to("cpu")  # quantises; an integer weight would not be cast
 
 
-def assert_right(layer, x, y=None):
-    """y = x Wᵀ + bias of the dequantised weight, and both gradients, by the rule of `_close`."""
+def assert_right(layer, x, of=None):
+    """y = x Wᵀ + bias of the dequantised weight (`of`: our layer that has it), and x's gradient, by the rule of `_close`."""
     x = x.detach().clone().requires_grad_()
     y = layer(x)
     dy = torch.randn(y.shape).to(y.dtype)
     y.backward(dy)
-    w = layer.weight4bit.dequantize(torch.float32)
+    w = (of or layer).weight4bit.dequantize(torch.float32)
     bias = None if layer.bias is None else layer.bias.detach()
     same_x = x.detach().clone().requires_grad_()
     same = F.linear(same_x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -57,6 +57,14 @@ def assert_right(layer, x, y=None):
     assert_close(y, same, exact, "y", terms=terms if terms.numel() else None)
     back = dy.double().abs() @ w.double().abs()
     assert_close(x.grad, same_x.grad, exact_x.grad, "x.grad", terms=back if back.numel() else None)
+
+
+def dense(layer):
+    """A float32 nn.Linear of the same values, for float64."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    linear.weight = nn.Parameter(layer.weight4bit.dequantize(torch.float32), requires_grad=False)
+    linear.bias = layer.bias
+    return copy.deepcopy(linear)
 
 
 def same_state(one, two):
@@ -286,7 +294,10 @@ def test_accelerate_offload():
     accelerate = pytest.importorskip("accelerate")
     x = torch.randn(2, 80)
     model = nn.Sequential(made(80, 80), nn.ReLU(), made(48, 80)).eval()
-    y = model(x)
+    y, exact = model(x), x.double()
+    with torch.no_grad():
+        for layer in model:
+            exact = layer(exact) if isinstance(layer, nn.ReLU) else dense(layer).double()(exact)
     twin = copy.deepcopy(model)
     with pytest.raises(ValueError, match="Trying to set a tensor of shape"):
         accelerate.cpu_offload(twin, execution_device=torch.device("cpu"))
@@ -294,7 +305,7 @@ def test_accelerate_offload():
     for layer in (model[0], model[2]):
         layer.untile_()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    torch.testing.assert_close(model(x), y)
+    assert_close(model(x), y, exact)
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -316,7 +327,7 @@ def test_bitsandbytes_checkpoints_both_ways(quant_type, double_quant, tile):
     back = bnb.nn.Linear4bit(128, 48, compute_dtype=torch.float32)
     back.weight = bnb.nn.Params4bit.from_prequantized(layer.state_dict()["weight"], stats, device="cpu")
     back.bias = layer.bias
-    torch.testing.assert_close(back(x), layer(x), rtol=1e-4, atol=1e-4)
+    assert_right(back, x, of=layer)
     same_state(back.state_dict(), bits.state_dict())
 
 
@@ -412,7 +423,8 @@ def test_from_and_to_bitsandbytes(quant_type, double_quant, storage):
     assert back.weight.quant_state == bits.weight.quant_state and back.quant_state is back.weight.quant_state
     x = torch.randn(3, 128)
     assert torch.equal(back(x), bits(x))
-    torch.testing.assert_close(layer(x), bits(x), rtol=1e-4, atol=1e-4)
+    assert_right(layer, x)
+    assert_right(bits, x, of=layer)
 
 
 def test_subclasses_and_layers_made_here():
@@ -560,7 +572,9 @@ def test_lora_linear_over_4_bits():
     x = torch.randn(3, 80)
     base, y = layer.base(x), layer(x)
     update = layer.scale * (x @ layer.lora_a.t()) @ layer.lora_b.t()
-    torch.testing.assert_close(y, base + update)
+    a, b = layer.lora_a.double(), layer.lora_b.double()
+    exact = dense(layer.base).double()(x.double()) + layer.scale * x.double() @ a.t() @ b.t()
+    assert_close(y, base + update, exact)
     bits = copy.deepcopy(layer.base.state_dict())
     layer.merge()
     assert 0 < layer.base.merge_error < 0.2 and not torch.equal(layer(x), base)
@@ -586,9 +600,7 @@ def test_fsdp2(ranks):
         assert found["sharded"], "no weight was sharded"
         for name, (got, expected) in found["training"].items():
             for one, two in zip(got, expected, strict=True):
-                torch.testing.assert_close(
-                    one, two, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-                )
+                assert torch.equal(one, two), name
         for got, expected in found["states"]:
             assert torch.equal(got, expected)
         assert "call untile_()" in found["tiled"] and "quantize before fully_shard" in found["late"]
