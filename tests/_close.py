@@ -23,11 +23,14 @@ def assert_close(
     name: str = "result",
     eps: float | None = None,
     terms: torch.Tensor | None = None,
+    drawn: int | None = None,
 ) -> None:
     """`result` against float64 `exact`: error <= 2x that of `same_dtype` + 4 eps of the largest value + 2^-23 Σ|terms|.
 
     eps: unit of the dtype that the computation ran in (an fp32 gradient of bf16 compute has bf16's), default result's own.
     terms: Σ|terms| of each element: the same computation on absolute values.
+    drawn: how many independent errors the elements share, where that is fewer than their number (dA of one row and rank 1
+    is one rounded number times x).
     """
     assert result.shape == exact.shape, f"{name}: shape {list(result.shape)}, expected {list(exact.shape)}"
     if exact.numel() == 0:
@@ -36,7 +39,9 @@ def assert_close(
     eps = torch.finfo(result.dtype).eps if eps is None else eps
     allowed = 2 * error(same_dtype, exact) + 4 * eps * exact.double().abs().max().item()
     if terms is not None:
-        allowed += (2**-23 if result.numel() >= 32 else max(eps, 2**-23)) * terms.max().item()
+        allowed += (
+            2**-23 if min(result.numel(), drawn or result.numel()) >= 32 else max(eps, 2**-23)
+        ) * terms.max().item()
     got = error(result, exact)
     assert got <= allowed, (
         f"{name}: error {got:.3e}, allowed {allowed:.3e} (composition {error(same_dtype, exact):.3e})"
