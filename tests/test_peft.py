@@ -484,7 +484,13 @@ def test_parametrisation_own_forward_and_trained_base():
         gate = found["gate_proj"].base_layer
         gate.forward = MethodType(lambda gate, x: F.linear(x, gate.weight) * 3, gate)  # a copy's is of the copy
     assert paths(report) == {"fast", "peft"}
-    assert_like_peft(fast, plain)
+    assert_same_output(output(fast, tokens()), plain, tokens(), forward=output)
+    exact, inputs = double(plain), {k: torch.randn(20, k) for k in (40, 72)}
+    for model in (fast, plain, exact):
+        for layer in layers(model).values():
+            x = inputs[layer.in_features]
+            layer(x.double() if model is exact else x).square().sum().backward()
+    assert_same_results(*map(grads, (fast, plain, exact)))
     text = reasons(report)
     assert "ParametrizedLinear" in text and "forward of its own" in text and "base weight requires grad" in text
 
