@@ -20,7 +20,6 @@ README = ROOT / "README.md"
 PAGES = sorted([README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 BY_NAME = {page.name: page for page in PAGES}
 MODEL = '"path/or/name"'
-NOT_HERE_YET = {ROOT / "docs" / "benchmarks.md"}  # generated from results
 
 each_page = pytest.mark.parametrize("name", BY_NAME)
 
@@ -61,7 +60,7 @@ def anchors(page: Path) -> set[str]:
 @each_page
 def test_links(name):
     for file, anchor in links(BY_NAME[name]):
-        assert file.exists() or file in NOT_HERE_YET, f"{name} links to {file.relative_to(ROOT)}, which is not there"
+        assert file.exists(), f"{name} links to {file.relative_to(ROOT)}, which is not there"
         assert not anchor or anchor in anchors(file), f"{name} links to {file.name}#{anchor}: no such heading"
 
 
