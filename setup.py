@@ -1,7 +1,7 @@
 """Builds the compiled modules of fastpeft with ninja, because their flags differ by file.
 
-    csrc/python/*.cpp      + csrc/cpu/*.cpp  -> fastpeft_kernels._cpu    where there is a C++ compiler
-    csrc/python/*cuda.cpp  + csrc/cuda/*.cu  -> fastpeft_kernels._cuda   where nvcc is there too
+    csrc/python/cpu.cpp    + csrc/cpu/*.cpp  -> fastpeft_kernels._cpu    where there is a C++ compiler
+    csrc/python/cuda.cpp   + csrc/cuda/*.cu  -> fastpeft_kernels._cuda   where nvcc is there too
 
 CPU kernels (csrc/cpu) are compiled once for each instruction set, every other file for the baseline of the
 architecture: what a machine cannot run stays in object files that it never enters. No torch is needed.
@@ -81,9 +81,9 @@ def find_cuda() -> tuple[str, Path] | None:
 def sources(module: str) -> list[str]:
     """A module's files, relative to ROOT; none where nothing binds it to Python."""
     csrc = ROOT / "csrc"
-    python = [path for path in csrc.glob("python/*.cpp") if path.stem.endswith("cuda") == (module == "_cuda")]
+    python = csrc / "python" / f"{module.removeprefix('_')}.cpp"  # it includes the faces of the ops
     kernels = csrc.glob("cuda/*.cu" if module == "_cuda" else "cpu/*.cpp")
-    return sorted(path.relative_to(ROOT).as_posix() for path in [*python, *kernels]) if python else []
+    return sorted(path.relative_to(ROOT).as_posix() for path in [python, *kernels]) if python.exists() else []
 
 
 def objects(source: str) -> dict[str, str]:

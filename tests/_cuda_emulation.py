@@ -18,8 +18,12 @@ BUILD = ROOT / "build" / "emulation"
 @functools.cache
 def module() -> ModuleType:
     """The module `_cuda`, with the interface of the real one; tensors stay on the CPU."""
-    sources = sorted([*(ROOT / "csrc").glob("python/*cuda.cpp"), *(ROOT / "csrc").glob("cuda/*.cu")])
-    headers = [*(ROOT / "csrc").rglob("*.h"), ROOT / "tests" / "cuda" / "emulate.h"]
+    sources = [ROOT / "csrc" / "python" / "cuda.cpp", *sorted((ROOT / "csrc").glob("cuda/*.cu"))]
+    headers = [
+        *(ROOT / "csrc").rglob("*.h"),
+        *(ROOT / "csrc" / "python").glob("*.cpp"),
+        ROOT / "tests" / "cuda" / "emulate.h",
+    ]
     out = BUILD / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not out.exists() or out.stat().st_mtime < max(p.stat().st_mtime for p in (*sources, *headers)):
         BUILD.mkdir(parents=True, exist_ok=True)
