@@ -1,5 +1,6 @@
 // The Python face of lora_linear's CPU kernels: see csrc/lora_linear.h for what each computes. Lists have an entry a
-// projection; a and b are None where one has no adapter. Ranks lie side by side in s and t, projection after projection.
+// projection; a and b are None where one has no adapter. Ranks lie side by side in s and t, projection after
+// projection.
 #include "../lora_linear.h"
 
 #include <math.h>
@@ -82,7 +83,8 @@ int64_t ranks_of(const char* op, const MaybeTensors& a) {
 
 template <class... Lists>
 void same_length(const char* op, size_t n, const Lists&... lists) {
-  if (!((lists.size() == n) && ...)) throw py::value_error(text(op, ": lists must have an entry a projection (", n, ")"));
+  if (!((lists.size() == n) && ...))
+    throw py::value_error(text(op, ": lists must have an entry a projection (", n, ")"));
 }
 
 Matrix columns(const Matrix& m, int64_t first) {
@@ -139,8 +141,15 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Scale
   for (size_t i = 0; i < all.size(); ++i) {
     if (all[i].dim() < 1) refuse(op, "y", "[..., N]", all[i]);
     const int64_t N = all[i].size(-1), R = b[i] && b[i].dim() == 2 ? b[i].size(1) : 0;
-    LoraLinearUp call{M, N, R, matrix(op, "y", compute(op, "y", all[i]), M, N, dtype), columns(ranks, column), {}, {},
-                      vector(op, "lora_bias", lora_biases[i], N), threads};
+    LoraLinearUp call{M,
+                      N,
+                      R,
+                      matrix(op, "y", compute(op, "y", all[i]), M, N, dtype),
+                      columns(ranks, column),
+                      {},
+                      {},
+                      vector(op, "lora_bias", lora_biases[i], N),
+                      threads};
     if (b[i]) call.b = adapter(op, "b", b[i], N, R), call.scale = scale_of(op, scales[i], R);
     column += R;
     if (R || lora_biases[i]) calls.push_back(call);
@@ -151,8 +160,8 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Scale
 }
 
 // -> t [M, ΣR] = dy (scale·B) or None, [dB_i], [dbias_i, float32]; None where not needed, and t 0, where there is no dy
-py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& b, const Scales& scales,
-                  bool wants_t, const std::vector<bool>& needs_b, const std::vector<bool>& needs_bias) {
+py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& b, const Scales& scales, bool wants_t,
+                  const std::vector<bool>& needs_b, const std::vector<bool>& needs_bias) {
   const char* const op = "lora_linear_grad_up";
   const size_t n = dys.size();
   same_length(op, n, b, scales, needs_b, needs_bias);
@@ -172,8 +181,18 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
     column += R;
     if (!dys[i]) continue;
     const int64_t N = compute(op, "dy", dys[i]).size(-1);
-    LoraLinearGradUp call{M, N, R, matrix(op, "dy", dys[i], M, N, dtype), columns(ranks, first), {}, {},
-                          columns(to, first), nullptr, nullptr, FLOAT32, threads};
+    LoraLinearGradUp call{M,
+                          N,
+                          R,
+                          matrix(op, "dy", dys[i], M, N, dtype),
+                          columns(ranks, first),
+                          {},
+                          {},
+                          columns(to, first),
+                          nullptr,
+                          nullptr,
+                          FLOAT32,
+                          threads};
     if (b[i]) call.b = adapter(op, "b", b[i], N, R), call.scale = scale_of(op, scales[i], R);
     if (b[i] && needs_b[i]) {
       const Result db = allocate(s, {N, R}, b[i].dtype());
@@ -308,7 +327,8 @@ struct Arguments {  // of one projection
 };
 
 // lora_linear_plain(x, weight, a, b, scale, bias, lora_bias) -> y of a call without gradients that the kernels of few
-// rows take as it is; None: anything else, wrong arguments too. (By hand: pybind11's conversions are half of such a call.)
+// rows take as it is; None: anything else, wrong arguments too. (By hand: pybind11's conversions are half of such a
+// call.)
 PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (count != 7) return PyErr_Format(PyExc_TypeError, "lora_linear_plain takes 7 arguments, got %zd", count);
   Tensor x;
@@ -360,8 +380,8 @@ py::tuple compute_few(const Tensor& x, int64_t M, int64_t K, const std::vector<s
   return py::make_tuple(ys, s.object);
 }
 
-// lora_linear_few(x, weights, biases, a, b, scales, lora_biases), tuples of an entry a projection -> ([y_i], s); or None,
-// where a weight is not for the kernels of few rows, or an argument not as the kernels take it.
+// lora_linear_few(x, weights, biases, a, b, scales, lora_biases), tuples of an entry a projection -> ([y_i], s); or
+// None, where a weight is not for the kernels of few rows, or an argument not as the kernels take it.
 PyObject* few(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (count != 7) return PyErr_Format(PyExc_TypeError, "lora_linear_few takes 7 arguments, got %zd", count);
   Tensor x;
@@ -381,8 +401,8 @@ PyObject* few(PyObject*, PyObject* const* args, Py_ssize_t count) try {
 
 // lora_linear_begin(compute, x, weights, biases, a, b, scales, lora_biases) -> (flags, found)
 // flags: -1, not a plain call, or arguments that the passes do not take as they are (the checks in Python say what is
-// wrong); else a sum of 1, some of it requires grad, 2, an A does, 4, a weight is in 4 bits. found: what lora_linear_few
-// gives, if `compute`, else None.
+// wrong); else a sum of 1, some of it requires grad, 2, an A does, 4, a weight is in 4 bits. found: what
+// lora_linear_few gives, if `compute`, else None.
 PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (count != 8) return PyErr_Format(PyExc_TypeError, "lora_linear_begin takes 8 arguments, got %zd", count);
   static PyObject* const no = py::make_tuple(-1, py::none()).release().ptr();
@@ -424,7 +444,8 @@ PyMethodDef fast_method(const char* name, FastCall call, const char* doc) {
 PyMethodDef FAST_METHODS[] = {
     fast_method("lora_linear_plain", plain, "y of a plain inference call of few rows, or None."),
     fast_method("lora_linear_few", few, "ys and s of few rows, base included, or None."),
-    fast_method("lora_linear_begin", begin, "Whether the passes take these arguments as they are, and few rows' results."),
+    fast_method("lora_linear_begin", begin,
+                "Whether the passes take these arguments as they are, and few rows' results."),
 };
 
 }  // namespace

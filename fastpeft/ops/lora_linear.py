@@ -249,9 +249,8 @@ class LoraLinear(torch.autograd.Function):
             return _gradients(ctx.call, needs, saved, dys)
         with torch.no_grad():
             found = _gradients(ctx.call, needs, saved, dys)
-        return (
-            found if is_compiling() else once_differentiable("lora_linear", found, (*saved, *dys))
-        )  # create_graph=True
+        # create_graph=True
+        return found if is_compiling() else once_differentiable("lora_linear", found, (*saved, *dys))
 
 
 # For plain calls: past what `apply` does for functorch and for defaults of arguments (3.7 of the 9 µs of an empty Function).
