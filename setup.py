@@ -216,7 +216,7 @@ setup(
         *(f"fastpeft._benches{part}" for part in ("", ".kit", ".suites")),
     ],
     package_dir={"fastpeft_kernels": "kernels/fastpeft_kernels", "fastpeft._benches": "benches"},
-    package_data={"fastpeft": ["py.typed", "ops/*.json"], "fastpeft._benches": ["*.json", "*.html"]},
+    package_data={"fastpeft": ["py.typed", "backends/*.json"], "fastpeft._benches": ["*.json", "*.html"]},
     include_package_data=False,
     ext_modules=extensions(),
     cmdclass={"build": CleanBuild, "build_ext": NinjaBuildExt, "build_py": StampedBuildPy},
