@@ -24,6 +24,8 @@ from .jobs import kernels, main_job, of_dtype
 
 def tasks(run: Run) -> list[Task]:
     dtype = run.options.dtype
+    if dtype is None and run.dtype_name == "fp32" and not run.long:  # a CPU without bf16: seconds a call
+        dtype = run.dtype_name
     if run.options.shapes:
         cases = [op.Case(k, n, m, run.dtype_name, way) for k, n, m in run.options.shapes for way in (FORWARD, BOTH)]
     else:
@@ -34,7 +36,7 @@ def tasks(run: Run) -> list[Task]:
     if run.quick:
         cases = [replace(case, compiled=False) for case in cases[: None if run.options.shapes else 3]]
     others = op.other_cases() if not run.quick else [case for case in op.other_cases() if case.what == op.HOST]
-    made = [*main_job(run), *kernels(run, op, cases), *kernels(run, op, others, "others")]
+    made = [*main_job(run), *kernels(run, op, cases), *kernels(run, op, of_dtype(others, dtype), "others")]
     made.append(Task("others", "saved bytes", 1, lambda s: [saved(run.device)]))
     if run.device == "cpu":
         made.append(Task("others", op_outside.__doc__ or "", 4 if run.quick else 15, lambda s: [op_outside(s, run)]))
