@@ -156,7 +156,7 @@ def lora_linear() -> None:
     from fastpeft.ops.lora_linear import backward, forward
 
     for fused_from in ({}, {"float32": 1, "bfloat16": 1, "float16": 1}):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32, torch.float16):
             for k, n, r, p in ((512, 1024, 16, 0.0), (512, 1024, 16, 0.1), (510, 1022, 16, 0.0), (512, 1024, 128, 0.0)):
                 x, dy = torch.empty(1024, k, dtype=dtype), torch.empty(1024, n, dtype=dtype)
                 weight, bias = torch.empty(n, k, dtype=dtype), torch.empty(n, dtype=dtype)
@@ -186,6 +186,7 @@ def linear4bit(launchers: Any) -> None:
 
 def packed(launchers: Any, m: int, n: int, k: int, dtype: torch.dtype, nested: bool, p: float) -> None:
     """One layer with a rank of 16: the weight decoded apart, forward, backward into dx and onto it."""
+    from fastpeft.reference.lora_linear import ranks_dtype
     from fastpeft.weight4bit import Weight4bit
 
     r, blocks = 16, -(-n * k // 64)
@@ -193,7 +194,7 @@ def packed(launchers: Any, m: int, n: int, k: int, dtype: torch.dtype, nested: b
     absmax, offset = (torch.empty(-(-blocks // 256)), torch.empty(())) if nested else (None, None)
     data = torch.empty(n * k // 2, dtype=torch.uint8)
     weight = Weight4bit(data, scales, absmax, offset, (n, k), dtype, "nf4", 64)
-    x, dy, s = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.empty(m, r, dtype=dtype)
+    x, dy, s = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.empty(m, r, dtype=ranks_dtype(dtype))
     a, b, bias, seed = torch.empty(r, k), torch.empty(n, r), torch.empty(n, dtype=dtype), torch.tensor(1) if p else None
     if p == 0.0:
         launchers.dequantize(weight, dtype)

@@ -28,8 +28,9 @@ struct Linear4bitDequantizeCuda {
   int out_dtype;
 };
 
-// y[m, n] = Σ_k x[m, k] w[n, k] + bias[n] + lora_bias[n] + Σ_r s[m, r] T(scale[r] b[n, r]);  M <= 16
-// The compute dtype T (of x, s, y) is bf16 or fp16; sums are fp32, in the same order in every run.
+// y[m, n] = Σ_k x[m, k] w[n, k] + bias[n] + lora_bias[n] + Σ_r s[m, r] scale[r] b[n, r];  M <= 16
+// The compute dtype T (of x, y) is bf16 or fp16, s and scale·b are of its `ranks_dtype`; sums are fp32, in the same
+// order in every run.
 struct Linear4bitSmallCuda {
   Weight4bitCuda w;
   int64_t M;

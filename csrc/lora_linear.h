@@ -3,8 +3,9 @@
 //
 // Sizes: x [M, K], A [R, K], B [N, R], y [M, N], s = drop(x) Aᵀ [M, R], t = dy (scale·B) [M, R].
 // A row's elements are contiguous, rows are `ld` elements apart. Sums are fp32. Where the compute dtype (that of x, y,
-// s) is bf16 or fp16, the adapter's values (A, scale·B) are rounded to it once, and so are s and t: the arithmetic of
-// PEFT with its adapters in the compute dtype.
+// dy, dx) is bf16, the adapter's values (A, scale·B) are rounded to it once, and so are s and t: the arithmetic of PEFT
+// with its adapters in the compute dtype. Where it is fp16 they stay in fp32, for its range does not hold them
+// (scale·B after the first steps of training, t of a small dy, s of a large x): s and t are of `ranks_dtype`.
 #pragma once
 #include "tensor.h"
 

@@ -1,8 +1,9 @@
 // lora_linear on CUDA GPUs: the rank-R passes around a base GEMM that PyTorch runs, as a C interface.
 // Every function queues its work on `stream`, allocates nothing, and returns 0 or a cudaError_t.
 //
-// The compute dtype T (of x, y, dy, s, t) is bf16 or fp16. Adapters are first packed: rounded to T, scaled, and laid
-// out so that each projection owns a multiple of 16 ranks, with zeros between. Sums are fp32; sums over programs go
+// The compute dtype T (of x, y, dy, dx) is bf16 or fp16, s and t are of its `ranks_dtype` S: fp32 for fp16, else T.
+// Adapters are first packed: scaled, rounded to S, and laid out so that each projection owns a multiple of 16 ranks,
+// with zeros between. Sums are fp32; sums over programs go
 // through partial results and lora_linear_sum, so that they are the same in every run.
 #pragma once
 #include "tensor.h"
@@ -27,7 +28,7 @@ struct CudaDropout {
   float value;  // 1 / (1 - p); 0 for p = 1
 };
 
-// out[i, j] = T(in[i * stride_i + j * stride_j] * (scale ? scale[i * stride_scale] : 1)) for i < rows, j < columns,
+// out[i, j] = S(in[i * stride_i + j * stride_j] * (scale ? scale[i * stride_scale] : 1)) for i < rows, j < columns,
 // else 0
 struct LoraLinearPack {
   Matrix out;  // [out_rows, ld]
@@ -40,7 +41,7 @@ struct LoraLinearPack {
 };
 
 // out[part, m, column + r] = Σ_k drop(x)[m, k] a[packed + r, k] over every parts-th block of k; fp32 if parts > 1, else
-// T
+// S
 struct LoraLinearDownCuda {
   int64_t M, K;
   Matrix x, a;  // [M, K], packed [ΣR16, K]

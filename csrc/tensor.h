@@ -5,6 +5,9 @@
 namespace fastpeft {
 
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+// The dtype of lora_linear's s = drop(x) Aᵀ and t = dy (scale·B) where x has `dtype`.
+inline int ranks_dtype(int dtype) { return dtype == FLOAT16 ? FLOAT32 : dtype; }
+
 enum Status : int { OK = 0, OUT_OF_MEMORY = 1, BAD_DTYPE = 2 };
 
 struct Matrix {

@@ -14,6 +14,7 @@ from fastpeft import native
 from fastpeft.backends.cuda import linear4bit as cuda
 from fastpeft.ops import quantize_4bit
 from fastpeft.reference import linear4bit as reference
+from fastpeft.reference.lora_linear import ranks_dtype
 from fastpeft.weight4bit import BLOCKSIZES, Weight4bit
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -105,7 +106,7 @@ def problem(m, k, n, r, dtype=torch.bfloat16, quant_type="nf4", blocksize=64, ne
         "weight": quantized(randn(n, k) / max(k, 1) ** 0.5, quant_type, blocksize, nested),
         "bias": randn(n).to(dtype),
         "lora_bias": randn(n) if r else None,
-        "s": randn(m, r + 5).to(dtype),
+        "s": randn(m, r + 5).to(ranks_dtype(dtype)),
         "b": (randn(n, r) / r**0.5).to(b_dtype) if r else None,
         "scale": torch.tensor(0.7) if r % 2 else torch.rand(r, generator=generator),
     }

@@ -52,13 +52,14 @@ def packed(n, k, device, quant_type="nf4", blocksize=64, nested=False, w=None):
 
 def layer(m, n, k, r, dtype, device):
     """x, dy, s, a, b, bias, lora_bias; values of the size that layers see"""
-    x, dy, s = (torch.randn(m, size).to(device, dtype) for size in (k, n, r))
+    x, dy = (torch.randn(m, size).to(device, dtype) for size in (k, n))
+    s = torch.randn(m, r).to(device, lora_reference.ranks_dtype(dtype))
     a, b = (torch.randn(r, k) / k**0.5).to(device), (torch.randn(n, r) / r**0.5).to(device)
     return x, dy, s, a, b, torch.randn(n).to(device, dtype), torch.randn(n).to(device)
 
 
 def composed(x, w, s, b, bias, lora_bias, scale):
-    return F.linear(x, w, bias.to(x.dtype)) + scale * F.linear(s, b.to(x.dtype)) + lora_bias.to(x.dtype)
+    return F.linear(x, w, bias.to(x.dtype)) + scale * F.linear(s.to(x.dtype), b.to(x.dtype)) + lora_bias.to(x.dtype)
 
 
 def project(kernels, x, weight, bias=None, lora_bias=None, s=None, b=None, scale=None):
@@ -85,7 +86,7 @@ def check_project(kernels, weight, w, inputs, scale=0.75):
 def check_combine(kernels, weights, ws, dys, t, a, live=None, p=0.0, seed=None):
     """Of a group; a: one a projection, live: which have a dy."""
     live = [True] * len(ws) if live is None else live
-    dtype = t.dtype
+    dtype = dys[0].dtype
     dys = [dy if here else None for dy, here in zip(dys, live)]
 
     def product(change):

@@ -422,7 +422,7 @@ class Looking(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 40, 100])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("case", ["all", "a frozen", "x frozen", "one output unused"])
@@ -551,9 +551,10 @@ def test_ia3_scales(dtype):
 # ---- inside PyTorch ------------------------------------------------------------------------------
 
 
-def test_opcheck():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_opcheck(dtype):
     ops = torch.ops.fastpeft
-    x, weights, a, b, _ = group_problem(torch.bfloat16)
+    x, weights, a, b, _ = group_problem(dtype)
     rows, a, b = x.detach().view(-1, 36), [detached(t) for t in a], [detached(t) for t in b]
     scales, seed = [torch.tensor(0.5), torch.rand(7), None], torch.tensor(3)
     ys, lora_biases = [rows @ w.t() for w in weights], [None, None, torch.randn(15)]

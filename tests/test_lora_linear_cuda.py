@@ -9,6 +9,8 @@ import _cuda_emulation
 import pytest
 import torch
 from _guarded import Memory
+from test_fp16_gradients import HALF, SIZES
+from test_fp16_gradients import check as check_range
 from test_linear4bit import check_all as check_4bit
 from test_lora_linear import check_all, problem
 
@@ -172,6 +174,7 @@ def test_what_does_not_fit_is_refused(backend):
         (lambda: cuda.down(x.to(half), (a.t().contiguous().t(),), 0.0, None), "a must be .*contiguous rows"),
         (lambda: cuda.down(x.to(half), (a.double(),), 0.0, None), "a must be float32, bfloat16 or float16"),
         (lambda: cuda.down(x.to(half), (a,), 0.5, None), r"seed must be \[\], int64, got None"),
+        (lambda: cuda.up((y.half(),), s.half(), (b,), (one,), (None,)), r"s must be \[5, 4\], .*right dtype"),
         (lambda: cuda.up((y,), s[:, :3], (b,), (one,), (None,)), r"s must be \[5, 4\].* got \[5, 3\]"),
         (lambda: cuda.up((y[:4],), s, (b,), (one,), (None,)), "y must be"),
         (lambda: cuda.up((y[:, :7],), s, (b,), (one,), (None,)), r"b must be \[N, R\] = \[7, R\]"),
@@ -208,6 +211,14 @@ def test_lora_linear_over_4bit(backend, m, dtype):
     """The whole op on this backend: the kernel of few rows, or a decoded weight, with the rank-R passes around it."""
     check_4bit(m, 128, 72, 6, dtype, double_quant=m % 2 == 1)
     check_4bit(m, 37, 21, 3, dtype, p=0.2, seed=5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "4-bit"])
+@pytest.mark.parametrize("m", [3, 70])
+def test_fp16_keeps_its_range(backend, m, packed, size):
+    check_range(m, size, packed, 0.0, HALF)
+    check_range(m, size, packed, 0.3, HALF, group=False)
 
 
 @pytest.mark.parametrize("m", [7, 40])

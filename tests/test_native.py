@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft import native as loader
 from fastpeft.backends import plans
+from fastpeft.reference.lora_linear import ranks_dtype
 
 native = loader.cpu()
 if native is None:
@@ -173,6 +174,7 @@ class Case:
 
     def __init__(self, memory, shape, dtype, adapter_dtype, p=0.0, projections=1, scale_per_rank=True):
         self.memory, self.dtype, self.adapter_dtype, self.p = memory, dtype, adapter_dtype, p
+        self.wide = ranks_dtype(dtype)  # of s and t
         self.M, self.K, self.N, self.R = shape
         self.seed, self.threads, self.scale_per_rank = torch.tensor(0x1234567890ABCDEF), 2, scale_per_rank
         self.count = projections
@@ -185,8 +187,8 @@ class Case:
     y = cached_property(lambda self: self.random(self.M, self.N))
     dy = cached_property(lambda self: self.random(self.M, self.N))
     w = cached_property(lambda self: self.random(self.N, self.K))
-    s = cached_property(lambda self: self.random(self.M, self.R * self.count))
-    t = cached_property(lambda self: self.random(self.M, self.R * self.count))
+    s = cached_property(lambda self: self.random(self.M, self.R * self.count, self.wide))
+    t = cached_property(lambda self: self.random(self.M, self.R * self.count, self.wide))
     a = cached_property(lambda self: [self.random(self.R, self.K, self.adapter_dtype) for _ in range(self.count)])
     b = cached_property(lambda self: self.random(self.N, self.R, self.adapter_dtype))
     bias = cached_property(lambda self: self.random(1, self.N, torch.float32, 0)[0])
@@ -197,10 +199,10 @@ class Case:
         return made if self.scale_per_rank else made.view(())
 
     def adapters(self) -> list[torch.Tensor]:
-        return [a.to(self.dtype).double() for a in self.a]
+        return [a.to(self.wide).double() for a in self.a]
 
     def scaled_b(self) -> torch.Tensor:
-        return (self.scale * self.b.float()).to(self.dtype).double()
+        return (self.scale * self.b.float()).to(self.wide).double()
 
     def masks(self) -> list[torch.Tensor]:
         return [dropped(self.x.double(), self.p, self.seed.item(), i) for i in range(self.count)]
@@ -261,10 +263,10 @@ def each_case(memory, dtype, shapes=SHAPES, **options):
 def test_down(isa, memory, dtype, p, projections):
     for case, what in each_case(memory, dtype, p=p, projections=projections):
         s = case.down()
-        assert s.shape == (case.M, case.R * projections) and s.dtype == dtype
+        assert s.shape == (case.M, case.R * projections) and s.dtype == case.wide
         for i, (a, mask) in enumerate(zip(case.adapters(), case.masks(), strict=True)):
             x = case.x.double() * mask
-            check(s[:, case.columns(i)], x @ a.T, x.abs() @ a.abs().T, case.K, dtype, what)
+            check(s[:, case.columns(i)], x @ a.T, x.abs() @ a.abs().T, case.K, case.wide, what)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -290,7 +292,7 @@ def test_grad_up(isa, memory, dtype, wanted):
         assert [one is not None for one in got] == wants
         t, db, dbias = got
         if t is not None:
-            check(t, dy @ b, dy.abs() @ b.abs(), case.N, dtype, f"t {what}")
+            check(t, dy @ b, dy.abs() @ b.abs(), case.N, case.wide, f"t {what}")
         if db is not None:
             size = scale.abs() * (dy.abs().T @ s.abs())
             check(db, scale * (dy.T @ s), size, case.M, case.adapter_dtype, f"db {what}")
@@ -325,7 +327,7 @@ def test_small(isa, memory, dtype, bias):
     for case, what in each_case(memory, dtype, shapes):
         y, s = case.small(bias)
         x, w, a, b = case.x.double(), case.w.double(), case.adapters()[0], case.scaled_b()
-        check(s, x @ a.T, x.abs() @ a.abs().T, case.K, dtype, f"s {what}")
+        check(s, x @ a.T, x.abs() @ a.abs().T, case.K, case.wide, f"s {what}")
         added = 2 * case.bias.double() if bias else torch.zeros(1, case.N, dtype=torch.float64)
         exact = x @ w.T + s.double() @ b.T + added
         size = x.abs() @ w.abs().T + s.double().abs() @ b.abs().T + added.abs()
@@ -387,7 +389,10 @@ def test_what_would_touch_foreign_memory_is_refused():
         (native.lora_linear_up, ([y], s, [b], [torch.ones(3)], [None]), "scale must be"),
         (native.lora_linear_up, ([y], s, [b], [one], [torch.ones(7)]), "lora_bias must be"),
         (native.lora_linear_up, ([y, y], s, [b], [one], [None]), "an entry a projection"),
-        (native.lora_linear_up, ([y.bfloat16()], s, [b], [one], [None]), "y must be"),
+        (native.lora_linear_up, ([y.bfloat16()], s, [b], [one], [None]), "s must be"),
+        (native.lora_linear_up, ([y.half()], s.half(), [b], [one], [None]), "s must be"),
+        (native.lora_linear_grad_up, ([y.half()], s.half(), [b], [one], True, [True], [True]), "s must be"),
+        (native.lora_linear_grad_down, (None, x.half(), s.half(), [a], [True], [True], 0.0, None), "t must be"),
         (native.lora_linear_grad_up, ([y[:, :7]], s, [b], [one], True, [True], [True]), "b must be"),
         (native.lora_linear_grad_up, ([y[:3]], s, [b], [one], True, [True], [True]), "dy must be"),
         (native.lora_linear_grad_down, (x[:3], x, s, [a], [True], [True], 0.0, None), "dx must be"),

@@ -1,4 +1,4 @@
-// Rows of an adapter as fp32, rounded to the compute dtype.
+// Rows of an adapter as fp32, rounded to what s and t lie in (Ranks).
 #pragma once
 #include "tile.h"
 

@@ -30,6 +30,19 @@ struct f16 {
   uint16_t bits;
 };
 
+// What s and t lie in where the compute dtype is T, and to what adapters are rounded (ranks_dtype): fp16's range is too
+// small for them.
+template <class T>
+struct RanksOf {
+  using type = T;
+};
+template <>
+struct RanksOf<f16> {
+  using type = float;
+};
+template <class T>
+using Ranks = typename RanksOf<T>::type;
+
 }  // namespace
 
 // A table's entry: the kernel for the compute dtype, a template argument.

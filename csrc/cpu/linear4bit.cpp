@@ -139,7 +139,8 @@ int linear4bit_small(const Linear4bitSmall& d) {
   const int64_t ldx = round_up(K, W), lds = round_up(R, W), x_blocks = blocks(M, xm);
   const int64_t scale_floats = reader.stores_scales() ? 0 : K / reader.step * ROWS4;
   const T* x = (const T*)d.x.data;
-  T *y = (T*)d.y.data, *s = (T*)d.s.data;
+  T* y = (T*)d.y.data;
+  Ranks<T>* s = (Ranks<T>*)d.s.data;
   const int threads = useful_threads(d.threads, (double)(N + R) * K * M);
 
   const int64_t of_thread = Workspace::size(2 * scale_floats) + Workspace::size(tail ? TAIL * ldx : 0) +
@@ -183,12 +184,12 @@ int linear4bit_small(const Linear4bitSmall& d) {
     alignas(64) float block[XM * MB];
     for (int64_t r = r_part.begin; r < r_part.end; r += MB) {  // s: this thread's ranks
       const int64_t n = smaller(MB, r_part.end - r);
-      load_adapter<T>(af + r * ldx, ldx, d.a, r, n, K, Scale{});
+      load_adapter<Ranks<T>>(af + r * ldx, ldx, d.a, r, n, K, Scale{});
       for (int64_t m0 = 0; m0 < M; m0 += XM) {
         const int64_t rows = smaller(XM, M - m0);
         dot_rows(block, MB, af + r * ldx, ldx, n, xf + m0 * ldx, ldx, rows, K, nullptr, 0, nullptr, 0);
         for (int64_t m = 0; m < rows; ++m) {
-          round_row<T>(block + m * MB, n);
+          round_row<Ranks<T>>(block + m * MB, n);
           memcpy(sf + (m0 + m) * lds + r, block + m * MB, (size_t)n * sizeof(float));
           if (s) convert_row(s + (m0 + m) * d.s.ld + r, block + m * MB, n);
         }
@@ -254,7 +255,7 @@ int linear4bit_small(const Linear4bitSmall& d) {
         }
       }
       if (R) {
-        load_adapter<T>(b_rows, lds, d.b, n0, count * ROWS4, R, d.scale);
+        load_adapter<Ranks<T>>(b_rows, lds, d.b, n0, count * ROWS4, R, d.scale);
         for (int64_t g = 0; g < count; ++g) {
           transpose(bt, ROWS4, b_rows + g * ROWS4 * lds, lds, ROWS4, R);
           for (int64_t m = 0; m < M; ++m)
@@ -275,7 +276,7 @@ int linear4bit_small(const Linear4bitSmall& d) {
         if (K) store(rows + j * ldx + ldx - W, zero());
         reader.row(rows + j * ldx, n0 + j, 0, K);
       }
-      if (R) load_adapter<T>(b_rows, R, d.b, n0, n, R, d.scale);
+      if (R) load_adapter<Ranks<T>>(b_rows, R, d.b, n0, n, R, d.scale);
       dot_rows(out, PAIR, rows, ldx, n, xf, ldx, M, K, b_rows, R, sf, lds);
       finish(n0, n);
     }

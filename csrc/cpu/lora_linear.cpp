@@ -79,7 +79,7 @@ int down(const LoraLinearDown& d) {
   const Groups groups(d.projections, d.count, (bool)mask);
   const int64_t M = d.M, K = d.K;
   const T* x = (const T*)d.x.data;
-  T* s = (T*)d.s.data;
+  Ranks<T>* s = (Ranks<T>*)d.s.data;
   int64_t lanes = 0;  // of all groups, each padded to whole vectors
   for (int g = 0; g < groups.count; ++g) lanes += round_up(groups[g].R, W);
   if (lanes == 0) return OK;
@@ -108,7 +108,7 @@ int down(const LoraLinearDown& d) {
           const Matrix a{(void*)element(p.a.data, p.a.dtype, k0), p.a.ld, p.a.dtype};
           for (int64_t r0 = 0; r0 < p.R; r0 += W) {
             const int64_t n = smaller(W, p.R - r0);
-            load_adapter<T>(rows, KC, a, r0, n, cols, Scale{});
+            load_adapter<Ranks<T>>(rows, KC, a, r0, n, cols, Scale{});
             transpose(block + k0 * ld + lane + r0, ld, rows, KC, n, cols);
           }
         }
@@ -166,7 +166,7 @@ int up(const LoraLinearUp& u) {
   const int64_t M = u.M, N = u.N, R = u.R, J = R + (u.bias.data ? 1 : 0), ld = round_up(N, W);
   if (J == 0) return OK;
   T* y = (T*)u.y.data;
-  const T* s = (const T*)u.s.data;
+  const Ranks<T>* s = (const Ranks<T>*)u.s.data;
   const int threads = useful_threads(u.threads, (double)M * N * J);
   const Grid grid(threads, M, N, 0, 0);
 
@@ -184,7 +184,7 @@ int up(const LoraLinearUp& u) {
       for (int64_t r0 = 0; r0 < R; r0 += W) {
         const int64_t width = smaller(W, R - r0);
         const Matrix b{(void*)element(u.b.data, u.b.dtype, r0), u.b.ld, u.b.dtype};
-        load_adapter<T>(rows, W, b, n0, n, width, Scale{u.scale.data + r0 * u.scale.stride, u.scale.stride});
+        load_adapter<Ranks<T>>(rows, W, b, n0, n, width, Scale{u.scale.data + r0 * u.scale.stride, u.scale.stride});
         transpose(ct + r0 * ld + n0, ld, rows, W, n, width);
       }
       if (J > R) row_to_float(ct + R * ld + n0, element(u.bias.data, u.bias.dtype, n0), u.bias.dtype, n);
@@ -220,8 +220,9 @@ int grad_up(const LoraLinearGradUp& u) {
   const int64_t M = u.M, N = u.N, R = u.R, J = (wants_db ? R : 0) + (wants_dbias ? 1 : 0);
   const int64_t lanes = wants_t ? round_up(R, W) : 0, ld = round_up(N, W);
   if (!wants_t && J == 0) return OK;
-  const T *dy = (const T*)u.dy.data, *s = (const T*)u.s.data;
-  T* t = (T*)u.t.data;
+  const T* dy = (const T*)u.dy.data;
+  const Ranks<T>* s = (const Ranks<T>*)u.s.data;
+  Ranks<T>* t = (Ranks<T>*)u.t.data;
   const int threads = useful_threads(u.threads, (double)M * N * (J + lanes));
   const Grid grid(threads, M, N, J ? (double)N : 0, wants_t ? (double)M : 0);
 
@@ -239,7 +240,7 @@ int grad_up(const LoraLinearGradUp& u) {
     if (wants_t) {
 #pragma omp for schedule(static) nowait
       for (int64_t n0 = 0; n0 < N; n0 += KC)
-        load_adapter<T>(bt + n0 * lanes, lanes, u.b, n0, smaller(KC, N - n0), R, u.scale);
+        load_adapter<Ranks<T>>(bt + n0 * lanes, lanes, u.b, n0, smaller(KC, N - n0), R, u.scale);
     }
 #pragma omp for schedule(static)
     for (int64_t m0 = 0; m0 < M; m0 += MB) {
@@ -315,7 +316,8 @@ int grad_down(const LoraLinearGradDown& d) {
   for (int i = 0; i < d.count; ++i) R += d.projections[i].R, wants_da |= d.projections[i].da != nullptr;
   const bool wants_dx = d.dx.data;
   if (R == 0 || (!wants_da && !wants_dx)) return OK;
-  const T *x = (const T*)d.x.data, *t = (const T*)d.t.data;
+  const T* x = (const T*)d.x.data;
+  const Ranks<T>* t = (const Ranks<T>*)d.t.data;
   T* dx = (T*)d.dx.data;
   const int threads = useful_threads(d.threads, (double)M * K * R * (wants_da + wants_dx));
   const Grid grid(threads, M, K, wants_da ? (double)K : 0, 0);
@@ -333,7 +335,7 @@ int grad_down(const LoraLinearGradDown& d) {
     for (int64_t i = 0, r = 0; wants_dx && i < d.count; r += d.projections[i++].R) {
       const Projection& p = d.projections[i];
 #pragma omp for schedule(static) nowait
-      for (int64_t j = 0; j < p.R; ++j) load_adapter<T>(a + (r + j) * ld, ld, p.a, j, 1, K, Scale{});
+      for (int64_t j = 0; j < p.R; ++j) load_adapter<Ranks<T>>(a + (r + j) * ld, ld, p.a, j, 1, K, Scale{});
     }
 #pragma omp for schedule(static)
     for (int64_t m0 = 0; m0 < M; m0 += MB)
@@ -428,7 +430,8 @@ int small(const LoraLinearSmall& d) {
   const bool tall = M > W / 2;  // vectors along m
   const int64_t ldx = round_up(K, W), lds = round_up(R, W), lanes = round_up(M, W);
   const T *x = (const T*)d.x.data, *w = (const T*)d.w.data;
-  T *y = (T*)d.y.data, *s = (T*)d.s.data;
+  T* y = (T*)d.y.data;
+  Ranks<T>* s = (Ranks<T>*)d.s.data;
   const int threads = useful_threads(d.threads, (double)(N + R) * K * M);
 
   Workspace work;
@@ -460,17 +463,17 @@ int small(const LoraLinearSmall& d) {
     // s: this thread's ranks
     for (int64_t r = r_part.begin; r < r_part.end; r += MB) {
       const int64_t n = smaller(MB, r_part.end - r);
-      load_adapter<T>(af + r * ldx, ldx, d.a, r, n, K, Scale{});
+      load_adapter<Ranks<T>>(af + r * ldx, ldx, d.a, r, n, K, Scale{});
       if (tall) {
         float* rows = sf + r * lanes;
         for (int64_t i = 0; i < n * lanes; i += W) store(rows + i, zero());
         tile_rows(rows, af + r * ldx, ldx, n, K, xf, lanes);
-        round_row<T>(rows, n * lanes);
+        round_row<Ranks<T>>(rows, n * lanes);
         transpose(out, MB, rows, lanes, n, M);
       } else {
         dot_rows(out, MB, af + r * ldx, ldx, n, xf, ldx, M, K, nullptr, 0, nullptr, 0);
         for (int64_t m = 0; m < M; ++m) {
-          round_row<T>(out + m * MB, n);
+          round_row<Ranks<T>>(out + m * MB, n);
           memcpy(sf + m * lds + r, out + m * MB, (size_t)n * sizeof(float));
         }
       }
@@ -494,7 +497,8 @@ int small(const LoraLinearSmall& d) {
         for (int64_t r = 0; r < R; r += KC) {
           const int64_t width = smaller(KC, R - r);
           const Matrix b{(void*)element(d.b.data, d.b.dtype, r), d.b.ld, d.b.dtype};
-          load_adapter<T>(b_tile, TILE_LD, b, n0, n, width, Scale{d.scale.data + r * d.scale.stride, d.scale.stride});
+          load_adapter<Ranks<T>>(b_tile, TILE_LD, b, n0, n, width,
+                                 Scale{d.scale.data + r * d.scale.stride, d.scale.stride});
           tile_gemm<TILE_LD, 1>(sums, lanes, b_tile, sf + r * lanes, lanes, n, width, (int)(lanes / W), none);
         }
         transpose(out, MB, sums, lanes, n, M);
@@ -502,7 +506,7 @@ int small(const LoraLinearSmall& d) {
         float* b = b_rows + me * Workspace::size(MB * R);
         for (int64_t i = 0; R && i < n; ++i)  // the next block's, while this one streams W
           __builtin_prefetch(element(d.b.data, d.b.dtype, (n0 + MB + i) * d.b.ld), 0, 2);
-        if (R) load_adapter<T>(b, R, d.b, n0, n, R, d.scale);
+        if (R) load_adapter<Ranks<T>>(b, R, d.b, n0, n, R, d.scale);
         dot_rows(out, MB, rows, d.w.ld, n, xf, ldx, M, K, b, R, sf, lds);
       }
       const Vector biases[] = {d.bias, d.lora_bias};
@@ -530,7 +534,7 @@ int small(const LoraLinearSmall& d) {
 int down_any(const LoraLinearDown& d) { FASTPEFT_BY_DTYPE(down, d, d.x.dtype); }
 int up_any(const LoraLinearUp& u) { FASTPEFT_BY_DTYPE(up, u, u.y.dtype); }
 int grad_up_any(const LoraLinearGradUp& u) { FASTPEFT_BY_DTYPE(grad_up, u, u.dy.dtype); }
-int grad_down_any(const LoraLinearGradDown& d) { FASTPEFT_BY_DTYPE(grad_down, d, d.t.dtype); }
+int grad_down_any(const LoraLinearGradDown& d) { FASTPEFT_BY_DTYPE(grad_down, d, d.x.data ? d.x.dtype : d.dx.dtype); }
 int small_rows(const LoraLinearSmall& d) { FASTPEFT_BY_DTYPE(small, d, d.x.dtype); }
 int small_any(const LoraLinearSmall& all) {
   LoraLinearSmall d = all;  // SMALL_MAX_M rows at a time

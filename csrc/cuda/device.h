@@ -103,6 +103,21 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// v as TF32, rounded to the nearest
+__device__ __forceinline__ uint32_t tf32(float v) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return bits;
+}
+// c [16, 8] += a [16, 8] · b [8, 8] of TF32, by one warp: lane 4g + t has the columns t and t + 4 of a's rows g and g +
+// 8 (in the order of c), and those rows of b's column g
+__device__ __forceinline__ void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Queues kernel(args) on `stream`; a cudaError_t.
 template <class Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, void* stream, const Args& args) {
@@ -119,6 +134,135 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, void* st
 #endif
 
 namespace fastpeft {
+
+// ---- products with s, t, A and scale·B ----
+//
+// c [16, 8] += left [16, 16] · right [16, 8] by one warp, where x and dy are of T. With bf16 everything is. fp16's
+// range does not hold the rank-R operands: there they are fp32 in memory and TF32 in the product, which has fp16's
+// mantissa (10 bits: x and dy are exact in it) and fp32's range. (Scaled by a power of two they could stay fp16, at
+// twice the rate, but each tile would first be read for its maximum, and the passes run at the rate of memory.)
+//
+// Lane 4g + t holds the rows g and g + 8 of left and the column g of right, of both k = 2t, 2t+1, 2t+8 and 2t+9.
+
+// What the rank-R operands lie in (ranks_dtype).
+template <class T>
+struct RanksOf {
+  using type = T;
+};
+template <>
+struct RanksOf<f16> {
+  using type = float;
+};
+template <class T>
+using Ranks = typename RanksOf<T>::type;
+
+template <class T>
+struct Left {
+  uint32_t v[4];  // pairs of T: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)
+};
+template <class T>
+struct Right {
+  uint32_t v[2];  // pairs of T: 2t, 2t + 8
+};
+// Two products over 8 columns, which the lanes hold in another order than the product's: a sum has none.
+template <>
+struct Left<f16> {
+  uint32_t v[2][4];  // TF32: (g, k), (g + 8, k), (g, k + 1), (g + 8, k + 1) for k = 2t and 2t + 8
+};
+template <>
+struct Right<f16> {
+  uint32_t v[4];  // TF32: 2t, 2t + 1, 2t + 8, 2t + 9
+};
+
+template <class T>
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+  T pair[2] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t bits;
+  memcpy(&bits, pair, 4);
+  return bits;
+}
+
+// of values(row, k), row 0: g, 1: g + 8; k = 0, 1, 8, 9 from 2t on
+template <class T, class Values>
+__device__ __forceinline__ void fill(Left<T>& left, Values values) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) left.v[i] = pair_of<T>(values(i % 2, i / 2 * 8), values(i % 2, i / 2 * 8 + 1));
+}
+template <class Values>
+__device__ __forceinline__ void fill(Left<f16>& left, Values values) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) left.v[i / 4][i % 4] = tf32(values(i % 2, i / 4 * 8 + i % 4 / 2));
+}
+// of values(k)
+template <class T, class Values>
+__device__ __forceinline__ void fill(Right<T>& right, Values values) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) right.v[i] = pair_of<T>(values(i * 8), values(i * 8 + 1));
+}
+template <class Values>
+__device__ __forceinline__ void fill(Right<f16>& right, Values values) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) right.v[i] = tf32(values(i / 2 * 8 + i % 2));
+}
+
+template <class T>
+__device__ __forceinline__ void multiply(float (&c)[4], const Left<T>& left, const Right<T>& right) {
+  multiply(c, left.v, right.v[0], right.v[1], T());
+}
+template <>
+__device__ __forceinline__ void multiply(float (&c)[4], const Left<f16>& left, const Right<f16>& right) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) multiply_tf32(c, left.v[i], right.v[2 * i], right.v[2 * i + 1]);
+}
+
+// From a tile of T in shared memory whose rows are `ld` apart; TRANSPOSED: the tile is [k, 16]
+template <bool TRANSPOSED, class T>
+__device__ __forceinline__ void load_left(Left<T>& left, const T* tile, int ld) {
+  const int lane = threadIdx.x % 32;
+  load_matrices<TRANSPOSED>(left.v, TRANSPOSED ? tile + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8
+                                               : tile + lane % 16 * ld + lane / 16 * 8);
+}
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_left(Left<f16>& left, const f16* tile, int ld) {
+  Left<bf16> pairs;  // two bytes each, whatever they mean
+  load_left<TRANSPOSED>(pairs, (const bf16*)tile, ld);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    f16 pair[2];
+    memcpy(pair, &pairs.v[i], 4);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float wide = to_float(pair[j]);  // exact in TF32
+      memcpy(&left.v[i / 2][j * 2 + i % 2], &wide, 4);
+    }
+  }
+}
+// From rank-R operands
+__device__ __forceinline__ void load_left_ranks(Left<bf16>& left, const bf16* tile, int ld) {
+  load_left<false>(left, tile, ld);
+}
+__device__ __forceinline__ void load_left_ranks(Left<f16>& left, const float* tile, int ld) {
+  const float* at = tile + threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
+  fill(left, [&](int row, int k) { return at[row * 8 * ld + k]; });
+}
+
+// 16 columns: those of the first product, and of the second. The tile is [16 columns, k]; TRANSPOSED: [k, 16 columns]
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_right(Right<bf16> (&right)[2], const bf16* tile, int ld) {
+  const int lane = threadIdx.x % 32;
+  uint32_t b[4];
+  load_matrices<TRANSPOSED>(b, TRANSPOSED ? tile + lane % 16 * ld + lane / 16 * 8
+                                          : tile + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
+  right[0] = {{b[0], b[1]}}, right[1] = {{b[2], b[3]}};
+}
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_right(Right<f16> (&right)[2], const float* tile, int ld) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    fill(right[i],
+         [&](int k) { return TRANSPOSED ? tile[(2 * t + k) * ld + g + 8 * i] : tile[(g + 8 * i) * ld + 2 * t + k]; });
+}
 
 // The four random words of columns 4·block .. 4·block+3 of a row.
 __device__ __forceinline__ void random_words(uint32_t (&c)[4], uint64_t seed, uint32_t block, uint64_t row,

@@ -134,14 +134,6 @@ constexpr size_t small_shared() {
 
 static_assert(small_shared<1, 4>() <= 99 << 10 && small_shared<4, 2>() <= 99 << 10, "what sm_86 and sm_89 have");
 
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  T pair[2] = {from_float<T>(low), from_float<T>(high)};
-  uint32_t bits;
-  memcpy(&bits, pair, 4);
-  return bits;
-}
-
 __device__ __forceinline__ float add_lane(float v, int lanes) {  // v + that of the lane `lanes` away
   uint32_t bits;
   float other;
@@ -151,12 +143,12 @@ __device__ __forceinline__ float add_lane(float v, int lanes) {  // v + that of 
   return v + other;
 }
 
-// scale[r] · b[n, r] as T sees it; 0 outside
+// scale[r] · b[n, r], rounded to what s lies in; 0 outside
 template <class T>
 __device__ __forceinline__ float scaled_b(const Linear4bitSmallCuda& d, int64_t n, int64_t r) {
   if (n >= d.w.N || r >= d.R) return 0.0f;
-  return to_float(
-      from_float<T>(load_any(d.b, n * d.stride_bn + r * d.stride_br, d.b_dtype) * d.scale.data[r * d.scale.stride]));
+  const float v = load_any(d.b, n * d.stride_bn + r * d.stride_br, d.b_dtype) * d.scale.data[r * d.scale.stride];
+  return to_float(from_float<Ranks<T>>(v));
 }
 
 template <class T>
@@ -233,27 +225,23 @@ __global__ void __launch_bounds__(THREADS) small_kernel(WithBook<Linear4bitSmall
 
   float total[TILES][QUADS][4] = {};
   for (int64_t r0 = warp * 16; r0 < d.R; r0 += WARPS * 16) {  // s (scale·b)ᵀ, with the columns of the first half
-    uint32_t right[QUADS][2];
+    Right<T> right[QUADS];
 #pragma unroll
-    for (int q = 0; q < QUADS; ++q)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t m = q * 4 + g, r = r0 + 2 * t + 8 * i;
-        const T* s = (const T*)d.s.data + m * d.s.ld;
-        const bool inside = g < 4 && m < d.M;
-        right[q][i] =
-            pair_of<T>(inside && r < d.R ? to_float(s[r]) : 0.0f, inside && r + 1 < d.R ? to_float(s[r + 1]) : 0.0f);
-      }
+    for (int q = 0; q < QUADS; ++q) {
+      const int64_t m = q * 4 + g;
+      const Ranks<T>* s = (const Ranks<T>*)d.s.data + m * d.s.ld;
+      const bool inside = g < 4 && m < d.M;
+      fill(right[q], [&](int k) {
+        const int64_t r = r0 + 2 * t + k;
+        return inside && r < d.R ? to_float(s[r]) : 0.0f;
+      });
+    }
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-      uint32_t left[4];
+      Left<T> left;
+      fill(left, [&](int row, int k) { return scaled_b<T>(d, n0 + tile * 16 + row * 8 + g, r0 + 2 * t + k); });
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t n = n0 + tile * 16 + i % 2 * 8 + g, r = r0 + 2 * t + i / 2 * 8;
-        left[i] = pair_of<T>(scaled_b<T>(d, n, r), scaled_b<T>(d, n, r + 1));
-      }
-#pragma unroll
-      for (int q = 0; q < QUADS; ++q) multiply(total[tile][q], left, right[q][0], right[q][1], T());
+      for (int q = 0; q < QUADS; ++q) multiply(total[tile][q], left, right[q]);
     }
   }
   __syncthreads();
@@ -352,7 +340,7 @@ __global__ void __launch_bounds__(THREADS) small_any_kernel(WithBook<Linear4bitS
     const float value = scaled_b<T>(d, n, r);
 #pragma unroll
     for (int m = 0; m < LINEAR4BIT_SMALL_M; ++m)
-      if (m < d.M) acc[m] += to_float(((const T*)d.s.data)[m * d.s.ld + r]) * value;
+      if (m < d.M) acc[m] += to_float(((const Ranks<T>*)d.s.data)[m * d.s.ld + r]) * value;
   }
 #pragma unroll
   for (int m = 0; m < LINEAR4BIT_SMALL_M; ++m) {

@@ -1,8 +1,9 @@
 // The rank-R passes of lora_linear: what each computes stands in ../lora_linear_cuda.h.
 //
 // A program takes BM rows and streams 16-byte chunks into shared memory, several tiles ahead (copy_async), so that the
-// passes run at the rate of memory; products are m16n8k16 on tensor cores, fp32 sums in registers. Operands whose rows
-// do not start at multiples of 16 bytes are copied element by element.
+// passes run at the rate of memory; products are those of device.h on tensor cores, fp32 sums in registers. Operands
+// whose rows do not start at multiples of 16 bytes are copied element by element. With T = fp16 the rank-R operands are
+// fp32: twice the bytes, so a program takes half as many ranks at most, and needs no more shared memory than with bf16.
 #include "../lora_linear_cuda.h"
 #include "device.h"
 
@@ -11,20 +12,27 @@ namespace {
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr int BM = 16 * WARPS;  // rows of a tile
-constexpr int CHUNK = 8;        // elements in 16 bytes
 constexpr int PAD = 8;          // elements between rows of a tile in shared memory: rows then start in different banks
+template <class T>
+constexpr int CHUNK = 16 / (int)sizeof(T);  // elements in 16 bytes
+template <class T>
+constexpr int RANKS_PAD = sizeof(Ranks<T>) == 4 ? 4 : PAD;  // the same where a lane reads down a column
+template <class T>
+constexpr int MAX_NR = 64 * sizeof(T) / sizeof(Ranks<T>);  // ranks of a program
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether the rows of a matrix with this many columns are whole 16-byte chunks.
+template <class T>
 __device__ __forceinline__ bool aligned(const Matrix& m, int64_t columns) {
-  return (uintptr_t)m.data % 16 == 0 && m.ld % CHUNK == 0 && columns % CHUNK == 0;
+  return (uintptr_t)m.data % 16 == 0 && m.ld % CHUNK<T> == 0 && columns % CHUNK<T> == 0;
 }
 
 // Whether every projection's ranks in s and t are.
+template <class T>
 __device__ __forceinline__ bool aligned(const Matrix& s, const Spans& spans) {
-  bool all = aligned(s, CHUNK);
-  for (int i = 0; i < spans.count; ++i) all = all && spans.rank[i] % CHUNK == 0 && spans.column[i] % CHUNK == 0;
+  bool all = aligned<T>(s, CHUNK<T>);
+  for (int i = 0; i < spans.count; ++i) all = all && spans.rank[i] % CHUNK<T> == 0 && spans.column[i] % CHUNK<T> == 0;
   return all;
 }
 
@@ -32,15 +40,15 @@ __device__ __forceinline__ bool aligned(const Matrix& s, const Spans& spans) {
 template <class T>
 __device__ __forceinline__ void load_tile(bool chunked, T* to, int to_ld, const Matrix& from, int64_t row, int64_t rows,
                                           int64_t column, int64_t columns, int tile_rows, int tile_columns) {
-  const int chunks = tile_columns / CHUNK;
+  const int chunks = tile_columns / CHUNK<T>;
   for (int i = threadIdx.x; i < tile_rows * chunks; i += THREADS) {
-    const int r = i / chunks, c = i % chunks * CHUNK;
+    const int r = i / chunks, c = i % chunks * CHUNK<T>;
     const T* source = (const T*)from.data + (row + r) * from.ld + column + c;
     if (chunked) {
       const bool inside = row + r < rows && column + c < columns;
       copy_async(to + r * to_ld + c, inside ? source : from.data, inside);
     } else {
-      for (int j = 0; j < CHUNK; ++j)
+      for (int j = 0; j < CHUNK<T>; ++j)
         to[r * to_ld + c + j] = row + r < rows && column + c + j < columns ? source[j] : from_float<T>(0.0f);
     }
   }
@@ -62,15 +70,15 @@ __device__ __forceinline__ int owner(const Spans& spans, int packed, int64_t* co
 template <int NR, class T>
 __device__ __forceinline__ void load_ranks(bool chunked, T* to, int to_ld, const Matrix& s, const Spans& spans,
                                            int64_t row, int64_t rows, int first) {
-  for (int i = threadIdx.x; i < BM * NR / CHUNK; i += THREADS) {
-    const int r = i / (NR / CHUNK), p = i % (NR / CHUNK) * CHUNK;
+  for (int i = threadIdx.x; i < BM * NR / CHUNK<T>; i += THREADS) {
+    const int r = i / (NR / CHUNK<T>), p = i % (NR / CHUNK<T>)*CHUNK<T>;
     const T* source = (const T*)s.data + (row + r) * s.ld;
     int64_t column = 0;
     if (chunked) {
       const bool inside = row + r < rows && owner(spans, first + p, &column) >= 0;
       copy_async(to + r * to_ld + p, inside ? source + column : (const T*)s.data, inside);
     } else {
-      for (int j = 0; j < CHUNK; ++j) {
+      for (int j = 0; j < CHUNK<T>; ++j) {
         const bool inside = row + r < rows && owner(spans, first + p + j, &column) >= 0;
         to[r * to_ld + p + j] = inside ? source[column] : from_float<T>(0.0f);
       }
@@ -94,16 +102,15 @@ __device__ __forceinline__ void mask_tile(T* masked, const T* tile, int ld, cons
 
 // acc[NR / 8] [16, 8] += left [16, 16] · right [NR, 16]ᵀ for the 16-rank groups in [begin, end)
 template <int NR, class T>
-__device__ __forceinline__ void multiply_ranks(float (&acc)[NR / 8][4], const uint32_t (&left)[4], const T* right,
+__device__ __forceinline__ void multiply_ranks(float (&acc)[NR / 8][4], const Left<T>& left, const Ranks<T>* right,
                                                int ld, int begin, int end) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < NR / 16; ++n) {
     if (n < begin || n >= end) continue;
-    uint32_t b[4];
-    load_matrices<false>(b, right + (n * 16 + lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
-    multiply(acc[2 * n], left, b[0], b[1], T());
-    multiply(acc[2 * n + 1], left, b[2], b[3], T());
+    Right<T> b[2];
+    load_right<false>(b, right + n * 16 * ld, ld);
+    multiply(acc[2 * n], left, b[0]);
+    multiply(acc[2 * n + 1], left, b[1]);
   }
 }
 
@@ -117,19 +124,20 @@ __device__ __forceinline__ void groups_of(const Spans& spans, int i, int first, 
 
 constexpr int DOWN_BK = 64, DOWN_STAGES = 4, DOWN_LD = DOWN_BK + PAD;
 
-template <int NR>
+template <class T, int NR>
 constexpr size_t down_shared(bool dropout) {
-  return (size_t)2 * DOWN_LD * (DOWN_STAGES * (BM + NR) + (dropout ? BM : 0));
+  return DOWN_LD * (sizeof(T) * (DOWN_STAGES * BM + (dropout ? BM : 0)) + sizeof(Ranks<T>) * DOWN_STAGES * NR);
 }
 
 template <class T, int NR>
 __global__ void __launch_bounds__(THREADS) down_kernel(LoraLinearDownCuda d) {
-  T* x_tiles = shared_memory<T>();                    // [STAGES, BM, BK]
-  T* a_tiles = x_tiles + DOWN_STAGES * BM * DOWN_LD;  // [STAGES, NR, BK]
-  T* masked = a_tiles + DOWN_STAGES * NR * DOWN_LD;   // [BM, BK]
+  using S = Ranks<T>;
+  T* x_tiles = shared_memory<T>();                          // [STAGES, BM, BK]
+  S* a_tiles = (S*)(x_tiles + DOWN_STAGES * BM * DOWN_LD);  // [STAGES, NR, BK]
+  T* masked = (T*)(a_tiles + DOWN_STAGES * NR * DOWN_LD);   // [BM, BK]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = blockIdx.y, first = blockIdx.z * NR;
   const int64_t m0 = (int64_t)blockIdx.x * BM, steps = (ceil_div(d.K, DOWN_BK) - part + d.parts - 1) / d.parts;
-  const bool chunked = aligned(d.x, d.K);
+  const bool chunked = aligned<T>(d.x, d.K);
   const auto k_of = [&](int64_t step) { return (part + step * d.parts) * DOWN_BK; };
   const auto load = [&](int64_t step) {
     if (step < steps) {
@@ -147,12 +155,12 @@ __global__ void __launch_bounds__(THREADS) down_kernel(LoraLinearDownCuda d) {
     __syncthreads();
     load(step + DOWN_STAGES - 1);
     const T* x = x_tiles + step % DOWN_STAGES * BM * DOWN_LD;
-    const T* a = a_tiles + step % DOWN_STAGES * NR * DOWN_LD;
+    const S* a = a_tiles + step % DOWN_STAGES * NR * DOWN_LD;
     const auto product = [&](const T* rows, int begin, int end) {
 #pragma unroll
       for (int k = 0; k < DOWN_BK; k += 16) {
-        uint32_t left[4];
-        load_matrices<false>(left, rows + (warp * 16 + lane % 16) * DOWN_LD + k + lane / 16 * 8);
+        Left<T> left;
+        load_left<false>(left, rows + warp * 16 * DOWN_LD + k, DOWN_LD);
         multiply_ranks<NR>(acc, left, a + k, DOWN_LD, begin, end);
       }
     };
@@ -182,7 +190,7 @@ __global__ void __launch_bounds__(THREADS) down_kernel(LoraLinearDownCuda d) {
       if (d.parts > 1)
         ((float*)d.out)[(part * d.M + m) * d.ld_out + column] = v;
       else
-        ((T*)d.out)[m * d.ld_out + column] = from_float<T>(v);
+        ((S*)d.out)[m * d.ld_out + column] = from_float<S>(v);
     }
 }
 
@@ -190,22 +198,24 @@ __global__ void __launch_bounds__(THREADS) down_kernel(LoraLinearDownCuda d) {
 
 constexpr int COLUMNS_BC = 128, COLUMNS_STAGES = 3, COLUMNS_LD = COLUMNS_BC + PAD;
 
-template <int NR>
+template <class T, int NR>
 constexpr size_t columns_shared(bool ds, bool dropout) {
-  return (size_t)2 *
-         (COLUMNS_STAGES * BM * (COLUMNS_LD + NR + PAD) + ((ds ? NR : 0) + (dropout ? BM : 0)) * COLUMNS_LD);
+  return sizeof(T) * (COLUMNS_STAGES * BM + (dropout ? BM : 0)) * COLUMNS_LD +
+         sizeof(Ranks<T>) * (COLUMNS_STAGES * BM * (NR + RANKS_PAD<T>)+(ds ? NR : 0) * COLUMNS_LD);
 }
 
 template <class T, int NR>
 __global__ void __launch_bounds__(THREADS) columns_kernel(LoraLinearColumnsCuda d) {
-  constexpr int LD = COLUMNS_LD, LDS = NR + PAD, STAGES = COLUMNS_STAGES;
-  T* tiles = shared_memory<T>();           // [STAGES, BM, BC]
-  T* s_tiles = tiles + STAGES * BM * LD;   // [STAGES, BM, NR]
-  T* extra = s_tiles + STAGES * BM * LDS;  // b [NR, BC], or the masked tile [BM, BC]
+  using S = Ranks<T>;
+  constexpr int LD = COLUMNS_LD, LDS = NR + RANKS_PAD<T>, STAGES = COLUMNS_STAGES;
+  T* tiles = shared_memory<T>();                // [STAGES, BM, BC]
+  S* s_tiles = (S*)(tiles + STAGES * BM * LD);  // [STAGES, BM, NR]
+  S* b_tile = s_tiles + STAGES * BM * LDS;      // [NR, BC]; there is this one
+  T* masked = (T*)b_tile;                       // [BM, BC], or this one
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.z * NR;
   const int64_t slab = blockIdx.x, tile = blockIdx.y, c0 = tile * COLUMNS_BC, begin_m = slab * d.slab_rows;
   const int64_t end_m = d.M < begin_m + d.slab_rows ? d.M : begin_m + d.slab_rows;
-  const bool chunked = aligned(d.t, d.C), chunked_s = aligned(d.s, d.spans);
+  const bool chunked = aligned<T>(d.t, d.C), chunked_s = aligned<S>(d.s, d.spans);
   const int64_t steps = end_m > begin_m ? ceil_div(end_m - begin_m, BM) : 0;
   const auto load = [&](int64_t step) {
     if (step < steps) {
@@ -216,7 +226,7 @@ __global__ void __launch_bounds__(THREADS) columns_kernel(LoraLinearColumnsCuda 
     }
     commit_copies();
   };
-  if (d.ds) load_tile(true, extra, LD, d.b, first, d.packed_ranks, c0, d.b.ld, NR, COLUMNS_BC);
+  if (d.ds) load_tile(true, b_tile, LD, d.b, first, d.packed_ranks, c0, d.b.ld, NR, COLUMNS_BC);
   float g[2][NR / 8][4] = {}, total = 0.0f;  // [32 columns of the warp, NR]; the thread's column
   for (int step = 0; step < STAGES - 1; ++step) load(step);
   for (int64_t step = 0; step < steps; ++step) {
@@ -224,15 +234,15 @@ __global__ void __launch_bounds__(THREADS) columns_kernel(LoraLinearColumnsCuda 
     __syncthreads();
     load(step + STAGES - 1);
     const T* t = tiles + step % STAGES * BM * LD;
-    const T* s = s_tiles + step % STAGES * BM * LDS;
+    const S* s = s_tiles + step % STAGES * BM * LDS;
     const int64_t m0 = begin_m + step * BM;
     if (d.ds) {
       float ds[NR / 8][4] = {};
 #pragma unroll
       for (int c = 0; c < COLUMNS_BC; c += 16) {
-        uint32_t left[4];
-        load_matrices<false>(left, t + (warp * 16 + lane % 16) * LD + c + lane / 16 * 8);
-        multiply_ranks<NR>(ds, left, extra + c, LD, 0, NR / 16);
+        Left<T> left;
+        load_left<false>(left, t + warp * 16 * LD + c, LD);
+        multiply_ranks<NR>(ds, left, b_tile + c, LD, 0, NR / 16);
       }
 #pragma unroll
       for (int n = 0; n < NR / 8; ++n)
@@ -247,20 +257,18 @@ __global__ void __launch_bounds__(THREADS) columns_kernel(LoraLinearColumnsCuda 
     const auto product = [&](const T* rows, int begin, int end) {
 #pragma unroll
       for (int m = 0; m < BM; m += 16) {
-        uint32_t left[2][4];
+        Left<T> left[2];
 #pragma unroll
-        for (int f = 0; f < 2; ++f)
-          load_matrices<true>(left[f],
-                              rows + (m + lane % 8 + lane / 16 * 8) * LD + warp * 32 + f * 16 + lane / 8 % 2 * 8);
+        for (int f = 0; f < 2; ++f) load_left<true>(left[f], rows + m * LD + warp * 32 + f * 16, LD);
 #pragma unroll
         for (int n = 0; n < NR / 16; ++n) {
           if (n < begin || n >= end) continue;
-          uint32_t b[4];
-          load_matrices<true>(b, s + (m + lane % 16) * LDS + n * 16 + lane / 16 * 8);
+          Right<T> b[2];
+          load_right<true>(b, s + m * LDS + n * 16, LDS);
 #pragma unroll
           for (int f = 0; f < 2; ++f) {
-            multiply(g[f][2 * n], left[f], b[0], b[1], T());
-            multiply(g[f][2 * n + 1], left[f], b[2], b[3], T());
+            multiply(g[f][2 * n], left[f], b[0]);
+            multiply(g[f][2 * n + 1], left[f], b[1]);
           }
         }
       }
@@ -272,9 +280,9 @@ __global__ void __launch_bounds__(THREADS) columns_kernel(LoraLinearColumnsCuda 
         int begin, end;
         groups_of(d.spans, i, first, NR, &begin, &end);
         if (begin >= end) continue;
-        mask_tile<COLUMNS_BC>(extra, t, LD, d.dropout, d.spans.index[i], m0, c0);
+        mask_tile<COLUMNS_BC>(masked, t, LD, d.dropout, d.spans.index[i], m0, c0);
         __syncthreads();
-        product(extra, begin, end);
+        product(masked, begin, end);
         __syncthreads();
       }
     }
@@ -300,25 +308,30 @@ __global__ void __launch_bounds__(THREADS) columns_kernel(LoraLinearColumnsCuda 
 
 // ---- up ----
 
-constexpr int UP_BC = 128, UP_NR = 64, UP_LD = UP_BC + PAD, UP_LDS = UP_NR + PAD, UP_LDF = UP_BC + 4;
+constexpr int UP_BC = 128, UP_NR = 64, UP_LDS = UP_NR + PAD, UP_LDF = UP_BC + 4;
+template <class T>
+constexpr int UP_LD = UP_BC + RANKS_PAD<T>;
 
+template <class T>
 constexpr size_t up_shared() {
-  const size_t operands = (size_t)2 * (BM * UP_LDS + UP_NR * UP_LD), sums = (size_t)4 * BM * UP_LDF;
+  const size_t operands = sizeof(Ranks<T>) * (BM * UP_LDS + UP_NR * UP_LD<T>), sums = (size_t)4 * BM * UP_LDF;
   return operands > sums ? operands : sums;
 }
 
 template <class T>
 __global__ void __launch_bounds__(THREADS) up_kernel(LoraLinearUpCuda d) {
-  T* s = shared_memory<T>();             // [BM, NR]
-  T* up = s + BM * UP_LDS;               // [NR, BC]
+  using S = Ranks<T>;
+  constexpr int LD = UP_LD<T>;
+  S* s = shared_memory<S>();             // [BM, NR]
+  S* up = s + BM * UP_LDS;               // [NR, BC]
   float* sums = shared_memory<float>();  // [BM, BC], once the operands are used
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t m0 = (int64_t)blockIdx.x * BM, c0 = (int64_t)blockIdx.y * UP_BC;
-  const bool chunked = aligned(d.out, d.C), chunked_s = aligned(d.s, d.spans);
+  const bool chunked = aligned<T>(d.out, d.C), chunked_s = aligned<S>(d.s, d.spans);
   float acc[UP_BC / 8][4] = {}, term[UP_BC / 8][4] = {};
   for (int first = 0; first < d.packed_ranks; first += UP_NR) {
     load_ranks<UP_NR>(chunked_s, s, UP_LDS, d.s, d.spans, m0, d.M, first);
-    load_tile(true, up, UP_LD, d.up, first, d.packed_ranks, c0, d.up.ld, UP_NR, UP_BC);
+    load_tile(true, up, LD, d.up, first, d.packed_ranks, c0, d.up.ld, UP_NR, UP_BC);
     commit_copies();
     wait_copies<0>();
     __syncthreads();
@@ -326,14 +339,14 @@ __global__ void __launch_bounds__(THREADS) up_kernel(LoraLinearUpCuda d) {
       int begin, end;
       groups_of(d.spans, i, first, UP_NR, &begin, &end);
       for (int r = begin * 16; r < end * 16; r += 16) {
-        uint32_t left[4];
-        load_matrices<false>(left, s + (warp * 16 + lane % 16) * UP_LDS + r + lane / 16 * 8);
+        Left<T> left;
+        load_left_ranks(left, s + warp * 16 * UP_LDS + r, UP_LDS);
 #pragma unroll
         for (int n = 0; n < UP_BC / 16; ++n) {
-          uint32_t b[4];
-          load_matrices<true>(b, up + (r + lane % 16) * UP_LD + n * 16 + lane / 16 * 8);
-          multiply(term[2 * n], left, b[0], b[1], T());
-          multiply(term[2 * n + 1], left, b[2], b[3], T());
+          Right<T> b[2];
+          load_right<true>(b, up + r * LD + n * 16, LD);
+          multiply(term[2 * n], left, b[0]);
+          multiply(term[2 * n + 1], left, b[1]);
         }
       }
       if (begin >= end) continue;
@@ -365,13 +378,13 @@ __global__ void __launch_bounds__(THREADS) up_kernel(LoraLinearUpCuda d) {
     for (int j = 0; j < 4; ++j)
       sums[(warp * 16 + lane / 4 + j / 2 * 8) * UP_LDF + n * 8 + lane % 4 * 2 + j % 2] = acc[n][j];
   __syncthreads();
-  for (int i = threadIdx.x; i < BM * UP_BC / CHUNK; i += THREADS) {
-    const int r = i / (UP_BC / CHUNK), c = i % (UP_BC / CHUNK) * CHUNK;
+  for (int i = threadIdx.x; i < BM * UP_BC / CHUNK<T>; i += THREADS) {
+    const int r = i / (UP_BC / CHUNK<T>), c = i % (UP_BC / CHUNK<T>)*CHUNK<T>;
     if (m0 + r >= d.M) continue;
     T* out = (T*)d.out.data + (m0 + r) * d.out.ld + c0 + c;
-    alignas(16) T values[CHUNK];
-    const int n = d.C - c0 - c < CHUNK ? (int)(d.C - c0 - c) : CHUNK;
-    if (chunked && n == CHUNK)
+    alignas(16) T values[CHUNK<T>];
+    const int n = d.C - c0 - c < CHUNK<T> ? (int)(d.C - c0 - c) : CHUNK<T>;
+    if (chunked && n == CHUNK<T>)
       *(uint4*)values = *(const uint4*)out;
     else
       for (int j = 0; j < n; ++j) values[j] = out[j];
@@ -383,7 +396,7 @@ __global__ void __launch_bounds__(THREADS) up_kernel(LoraLinearUpCuda d) {
                                         : to_float(((const f16*)d.bias.data)[c0 + c + j]);
       values[j] = from_float<T>(v);
     }
-    if (chunked && n == CHUNK)
+    if (chunked && n == CHUNK<T>)
       *(uint4*)out = *(const uint4*)values;
     else
       for (int j = 0; j < n; ++j) out[j] = values[j];
@@ -433,20 +446,20 @@ dim3 grid_of(int64_t x, int64_t y, int64_t z) { return dim3((unsigned)x, (unsign
 template <class T, int NR>
 int down_at(const LoraLinearDownCuda& d, void* stream) {
   const dim3 grid = grid_of(ceil_div(d.M, BM), d.parts, ceil_div(d.packed_ranks, NR));
-  return launch(down_kernel<T, NR>, grid, THREADS, down_shared<NR>(d.dropout.keep_threshold != 0), stream, d);
+  return launch(down_kernel<T, NR>, grid, THREADS, down_shared<T, NR>(d.dropout.keep_threshold != 0), stream, d);
 }
 
 template <class T, int NR>
 int columns_at(const LoraLinearColumnsCuda& d, void* stream) {
   const dim3 grid = grid_of(d.slabs, ceil_div(d.C, COLUMNS_BC), ceil_div(d.packed_ranks, NR));
   return launch(columns_kernel<T, NR>, grid, THREADS,
-                columns_shared<NR>(d.ds != nullptr, d.dropout.keep_threshold != 0), stream, d);
+                columns_shared<T, NR>(d.ds != nullptr, d.dropout.keep_threshold != 0), stream, d);
 }
 
 template <class T>
 int up_at(const LoraLinearUpCuda& d, void* stream) {
   const dim3 grid = grid_of(ceil_div(d.M, BM), ceil_div(d.C, UP_BC), 1);
-  return launch(up_kernel<T>, grid, THREADS, up_shared(), stream, d);
+  return launch(up_kernel<T>, grid, THREADS, up_shared<T>(), stream, d);
 }
 
 unsigned blocks_for(int64_t elements) {
@@ -473,14 +486,14 @@ template <class T>
 static int down_by_ranks(const LoraLinearDownCuda& d, void* stream) {
   return d.packed_ranks <= 16   ? down_at<T, 16>(d, stream)
          : d.packed_ranks <= 32 ? down_at<T, 32>(d, stream)
-                                : down_at<T, 64>(d, stream);
+                                : down_at<T, MAX_NR<T>>(d, stream);
 }
 
 template <class T>
 static int columns_by_ranks(const LoraLinearColumnsCuda& d, void* stream) {
   return d.packed_ranks <= 16   ? columns_at<T, 16>(d, stream)
          : d.packed_ranks <= 32 ? columns_at<T, 32>(d, stream)
-                                : columns_at<T, 64>(d, stream);
+                                : columns_at<T, MAX_NR<T>>(d, stream);
 }
 
 int lora_linear_down(const LoraLinearDownCuda& d, void* stream) {

@@ -61,7 +61,8 @@ void check_device(const char* op, const char* argument, const Tensor& t) {
   if (t.view.device.type != GPU) refuse(op, argument, "on a CUDA device", t);
 }
 
-Pass::Pass(const char* op, const char* argument, const Tensor& like) : op(op), like(like), dtype(like.dtype()) {
+Pass::Pass(const char* op, const char* argument, const Tensor& like)
+    : op(op), like(like), dtype(like.dtype()), wide(ranks_dtype(dtype)) {
   if ((dtype != BFLOAT16 && dtype != FLOAT16) || like.dim() < 1)
     refuse(op, argument, "[M, columns], bfloat16 or float16", like);
   check_device(op, argument, like);
@@ -74,6 +75,11 @@ void Pass::on_device(const char* argument, const Tensor& t) const {
 Matrix Pass::rows(const char* argument, const Tensor& t, int64_t M, int64_t columns) const {
   on_device(argument, t);
   return matrix(op, argument, t, M, columns, dtype);
+}
+
+Matrix Pass::ranks(const char* argument, const Tensor& t, int64_t M, int64_t columns) const {
+  on_device(argument, t);
+  return matrix(op, argument, t, M, columns, wide);
 }
 
 Matrix Pass::adapter(const char* argument, const Tensor& t, int64_t rows, int64_t columns) const {

@@ -23,12 +23,13 @@ inline Matrix columns(const Matrix& m, int64_t first) {
 struct Pass {
   const char* const op;
   const Tensor& like;
-  const int dtype;
+  const int dtype, wide;  // wide: of s and t
 
   Pass(const char* op, const char* argument, const Tensor& like);
 
   // Each refuses what the kernels could not read.
-  Matrix rows(const char* argument, const Tensor& t, int64_t M, int64_t columns) const;  // in the compute dtype
+  Matrix rows(const char* argument, const Tensor& t, int64_t M, int64_t columns) const;   // in the compute dtype
+  Matrix ranks(const char* argument, const Tensor& t, int64_t M, int64_t columns) const;  // in `wide`
   Matrix adapter(const char* argument, const Tensor& t, int64_t rows, int64_t columns) const;
   Vector vector(const char* argument, const Tensor& t, int64_t columns) const;
   Scale scale(const Tensor& t, int64_t R) const;

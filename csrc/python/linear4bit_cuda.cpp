@@ -64,7 +64,7 @@ py::list small(const Tensor& x, const std::vector<py::object>& weights, const Ma
   if (M > LINEAR4BIT_SMALL_M) refuse(pass.op, "x", text("[M, K], M up to ", LINEAR4BIT_SMALL_M), x);
   const Matrix from = pass.rows("x", x, M, K);
   const int64_t total = s && s.dim() ? s.size(-1) : 0;
-  const Matrix ranks = pass.rows("s", s, M, total);
+  const Matrix ranks = pass.ranks("s", s, M, total);
   Launches launches(pass);
   py::list ys(n);
   int64_t column = 0;

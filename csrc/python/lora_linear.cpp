@@ -39,6 +39,14 @@ Tensor compute(const char* op, const char* argument, const Tensor& t) {
   return t;
 }
 
+// The compute dtype: that of the first tensor of x's width that there is; s, which may be wider, where there is none.
+template <class List>
+int compute_of(const char* op, const char* argument, const List& list, const Tensor& s) {
+  for (const Tensor& t : list)
+    if (t) return compute(op, argument, t).dtype();
+  return s.dtype();
+}
+
 // Whether t is [rows, columns] with contiguous rows, of a dtype that kernels read.
 bool is_adapter(const Tensor& t, int64_t rows, int64_t columns) {
   return t.is({rows, columns}) && t.is_real() && (columns <= 1 || t.stride(1) == 1) &&
@@ -119,9 +127,9 @@ py::object down(const Tensor& x, const MaybeTensors& a, double p, const MaybeTen
     all.push_back({adapter(op, "a", a[i], R, K), R, column, (uint32_t)i, nullptr});
     column += R;
   }
-  const Result s = allocate(x, {M, total}, dtype);
+  const Result s = allocate(x, {M, total}, ranks_dtype(dtype));
   if (total == 0 || M == 0) return s.object;
-  const Matrix to{s.data, total, dtype};
+  const Matrix to{s.data, total, ranks_dtype(dtype)};
   run(op, M, K, 0, total,
       [&] { return lora_linear().down({M, K, from, to, all.data(), (int)all.size(), drop, threads}); });
   return s.object;
@@ -133,9 +141,9 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Scale
   const char* const op = "lora_linear_up";
   const Tensors all = ys.cast<Tensors>();
   same_length(op, all.size(), b, scales, lora_biases);
-  const int dtype = compute(op, "s", s).dtype(), threads = num_threads();
+  const int dtype = compute_of(op, "y", all, compute(op, "s", s)), threads = num_threads();
   const int64_t M = rows_of(s), total = s.size(-1);
-  const Matrix ranks = matrix(op, "s", s, M, total, dtype);
+  const Matrix ranks = matrix(op, "s", s, M, total, ranks_dtype(dtype));
   std::vector<LoraLinearUp> calls;
   int64_t column = 0;
   for (size_t i = 0; i < all.size(); ++i) {
@@ -165,13 +173,13 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
   const char* const op = "lora_linear_grad_up";
   const size_t n = dys.size();
   same_length(op, n, b, scales, needs_b, needs_bias);
-  const int dtype = compute(op, "s", s).dtype(), threads = num_threads();
+  const int dtype = compute_of(op, "dy", dys, compute(op, "s", s)), wide = ranks_dtype(dtype), threads = num_threads();
   const int64_t M = rows_of(s), total = s.size(-1);
-  const Matrix ranks = matrix(op, "s", s, M, total, dtype);
-  const Result t = wants_t ? allocate(s, {M, total}, dtype) : Result{};
-  const Matrix to{t.data, total, dtype};
+  const Matrix ranks = matrix(op, "s", s, M, total, wide);
+  const Result t = wants_t ? allocate(s, {M, total}, wide) : Result{};
+  const Matrix to{t.data, total, wide};
   for (const Tensor& dy : dys)
-    if (!dy && to.data && M && total) memset(to.data, 0, (size_t)(M * total) * (dtype == FLOAT32 ? 4 : 2));
+    if (!dy && to.data && M && total) memset(to.data, 0, (size_t)(M * total) * (wide == FLOAT32 ? 4 : 2));
   py::list dbs(n), dbiases(n);
   std::vector<LoraLinearGradUp> calls;
   int64_t column = 0;
@@ -217,16 +225,16 @@ py::tuple grad_down(py::object dx, const MaybeTensor& x, const Tensor& t, const 
   const char* const op = "lora_linear_grad_down";
   const size_t n = a.size();
   same_length(op, n, live, needs_a);
-  const int dtype = compute(op, "t", t).dtype(), threads = num_threads();
-  const int64_t M = rows_of(t), total = ranks_of(op, a);
-  const Dropout drop = dropout(op, p, seed);
-  const Matrix ranks = matrix(op, "t", t, M, total, dtype);
   const MaybeTensor out = dx.cast<MaybeTensor>();
   const Tensor& sized = out ? (const Tensor&)out : x;
+  const int dtype = compute(op, sized ? "x or dx" : "t", sized ? sized : t).dtype(), threads = num_threads();
+  const int64_t M = rows_of(compute(op, "t", t)), total = ranks_of(op, a);
+  const Dropout drop = dropout(op, p, seed);
+  const Matrix ranks = matrix(op, "t", t, M, total, ranks_dtype(dtype));
   py::list das(n);
   std::vector<Projection> all;
   int64_t column = 0;
-  const int64_t K = sized ? compute(op, "x or dx", sized).size(-1) : 0;
+  const int64_t K = sized ? sized.size(-1) : 0;
   for (size_t i = 0; i < n; ++i) {
     das[i] = py::none();
     if (!a[i]) continue;
@@ -341,7 +349,7 @@ PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) try {
   if (base.K != K || !base.takes(M, x.dtype())) Py_RETURN_NONE;
   if (!given.read(x, base, args[2], args[3], args[4], args[5], args[6]) || !plain_call()) Py_RETURN_NONE;
   Result y = allocate_rows(x, base.N);
-  given.few(x, M, K, {y.data, base.N, x.dtype()}, {nullptr, 0, x.dtype()}).run(base);
+  given.few(x, M, K, {y.data, base.N, x.dtype()}, {nullptr, 0, ranks_dtype(x.dtype())}).run(base);
   return y.object.release().ptr();
 } catch (py::error_already_set& error) {
   error.restore();
@@ -367,8 +375,8 @@ struct Lists {
 py::tuple compute_few(const Tensor& x, int64_t M, int64_t K, const std::vector<std::pair<Base, Arguments>>& all) {
   int64_t total = 0;
   for (const auto& [base, given] : all) total += given.R;
-  const Result s = allocate(x, {M, total}, x.dtype());
-  Matrix ranks{s.data, total, x.dtype()};
+  const Result s = allocate(x, {M, total}, ranks_dtype(x.dtype()));
+  Matrix ranks{s.data, total, ranks_dtype(x.dtype())};
   py::tuple ys(all.size());
   for (size_t i = 0; i < all.size(); ++i) {
     const auto& [base, given] = all[i];

@@ -52,6 +52,14 @@ std::vector<Chunk> chunks(const Projections& all) {
   return found;
 }
 
+// The first tensor of x's dtype that there is; s, which may be wider, where there is none.
+template <class List>
+const Tensor& first_of(const List& list, const Tensor& s) {
+  for (const Tensor& t : list)
+    if (t) return t;
+  return s;
+}
+
 // Of A's [R, K] or, `transposed`, of B's [N, R], whatever K and N are; *total: their ranks.
 Projections projections(const Pass& pass, const MaybeTensors& adapters, bool transposed, int64_t* total) {
   Projections all;
@@ -75,10 +83,10 @@ std::pair<int64_t, int64_t> slabs(const Pass& pass, int64_t M, int64_t tiles) {
   return {ceil_div(M, rows), rows};
 }
 
-// The chunk's adapters as rows of one matrix in the compute dtype, scaled.
+// The chunk's adapters as rows of one matrix of s's dtype, scaled.
 Matrix pack(Launches& launches, const Pass& pass, const Chunk& chunk, int64_t columns, bool transposed, Scale scale) {
   const int64_t ld = std::max<int64_t>(8, ceil_div(columns, 8) * 8);
-  const Matrix out = launches.workspace(chunk.packed, ld, pass.dtype);
+  const Matrix out = launches.workspace(chunk.packed, ld, pass.wide);
   Matrix rows = out;
   for (const Projection& each : chunk.of) {
     const Matrix& from = each.adapter;
@@ -113,8 +121,8 @@ py::object down(const Tensor& x, const MaybeTensors& a, double p, const MaybeTen
   for (const Tensor& each : a)
     if (each && each.size(1) != K) refuse(pass.op, "a", text("[R, K] = [R, ", K, "]"), each);
   all.erase(std::remove_if(all.begin(), all.end(), [](const Projection& each) { return !each.R; }), all.end());
-  const Result s = allocate(x, {M, total}, pass.dtype);
-  const Matrix to{s.data, total, pass.dtype};
+  const Result s = allocate(x, {M, total}, pass.wide);
+  const Matrix to{s.data, total, pass.wide};
   if (M == 0) return s.object;
   for (const Chunk& chunk : chunks(all)) {
     Launches launches(pass);
@@ -136,12 +144,12 @@ py::object down(const Tensor& x, const MaybeTensors& a, double p, const MaybeTen
 // y_i += s_i (scale_i·B_i)ᵀ + lora_bias_i, in place
 py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const MaybeTensors& scales,
               const MaybeTensors& lora_biases) {
-  const Pass pass("lora_linear_up", "s", s);
   const Tensors tensors = ys.cast<Tensors>();
+  const Pass pass("lora_linear_up", "y", first_of(tensors, s));
   pass.same_length(tensors.size(), b, scales, lora_biases);
   int64_t total, M = rows_of(s);
   const Projections all = projections(pass, b, true, &total);
-  const Matrix ranks = pass.rows("s", s, M, total);
+  const Matrix ranks = pass.ranks("s", s, M, total);
   std::vector<std::function<void()>> calls;  // all is checked before anything is changed
   for (size_t i = 0; i < all.size(); ++i) {
     const Tensor& y = tensors[i];
@@ -162,14 +170,14 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Maybe
 // -> t [M, ΣR] = dy (scale·B) or None, [dB_i], [dbias_i, float32]; None where not needed, and t 0, where there is no dy
 py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& b, const MaybeTensors& scales,
                   bool wants_t, const std::vector<bool>& needs_b, const std::vector<bool>& needs_bias) {
-  const Pass pass("lora_linear_grad_up", "s", s);
+  const Pass pass("lora_linear_grad_up", "dy", first_of(dys, s));
   const size_t n = dys.size();
   pass.same_length(n, b, scales, needs_b, needs_bias);
   int64_t total, M = rows_of(s);
   const Projections all = projections(pass, b, true, &total);
-  const Matrix ranks = pass.rows("s", s, M, total), none{nullptr, 0, FLOAT32};
-  const Result t = wants_t ? allocate(s, {M, total}, pass.dtype) : Result{};
-  const Matrix to{t.data, total, pass.dtype};
+  const Matrix ranks = pass.ranks("s", s, M, total), none{nullptr, 0, FLOAT32};
+  const Result t = wants_t ? allocate(s, {M, total}, pass.wide) : Result{};
+  const Matrix to{t.data, total, pass.wide};
   py::list dbs(n), dbiases(n);
   for (size_t i = 0; i < n; ++i) {
     dbs[i] = py::none(), dbiases[i] = py::none();
@@ -232,15 +240,15 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
 py::tuple grad_down(py::object dx, const MaybeTensor& x, const Tensor& t, const MaybeTensors& a,
                     const std::vector<bool>& live, const std::vector<bool>& needs_a, double p,
                     const MaybeTensor& seed) {
-  const Pass pass("lora_linear_grad_down", "t", t);
+  const MaybeTensor out = dx.cast<MaybeTensor>();
+  const Tensor& sized = out ? (const Tensor&)out : x;
+  const Pass pass("lora_linear_grad_down", "x or dx", sized ? sized : t);
   const size_t n = a.size();
   pass.same_length(n, live, needs_a);
   int64_t total, M = rows_of(t);
   const Projections all = projections(pass, a, false, &total);
-  const Matrix ranks = pass.rows("t", t, M, total);
+  const Matrix ranks = pass.ranks("t", t, M, total);
   const CudaDropout drop = pass.dropout(p, seed);
-  const MaybeTensor out = dx.cast<MaybeTensor>();
-  const Tensor& sized = out ? (const Tensor&)out : x;
   const int64_t K = sized && sized.dim() ? sized.size(-1) : 0;
   const Matrix from = pass.rows("x", x, M, K), to = pass.rows("dx", out, M, K);
   py::list das(n);

@@ -25,6 +25,11 @@ def passes_for(x, a, b, backend):
     return choose("lora_linear", BACKENDS, (x, a, b), backend)
 
 
+def _of_x(tensors, ranks):
+    """One that has x's dtype, which says what a backend can; s and t may be wider, and do where there is no other."""
+    return next((t for t in tensors if t is not None), ranks)
+
+
 # ---- the passes of lora_linear: s = drop(x) Aᵀ; y += s (scale·B)ᵀ; t, dB, dbias; dx += t A, dA -----------------------
 
 
@@ -33,7 +38,8 @@ def _down(x, a, p, seed, backend):
 
 
 def _down_fake(x, a, p, seed, backend):
-    return x.new_empty(x.shape[0], sum(t.shape[0] for t in a if t is not None))
+    ranks = sum(t.shape[0] for t in a if t is not None)
+    return x.new_empty(x.shape[0], ranks, dtype=reference.ranks_dtype(x.dtype))
 
 
 down = define(
@@ -45,11 +51,11 @@ down = define(
 
 
 def _up_(ys, s, b, scales, lora_biases, backend):
-    passes_for(s, b, b, backend).up(ys, s, b, scales, lora_biases)
+    passes_for(_of_x(ys, s), b, b, backend).up(ys, s, b, scales, lora_biases)
 
 
 def _up(ys, s, b, scales, lora_biases, backend):
-    return passes_for(s, b, b, backend).up([y.clone() for y in ys], s, b, scales, lora_biases)
+    return passes_for(_of_x(ys, s), b, b, backend).up([y.clone() for y in ys], s, b, scales, lora_biases)
 
 
 def _rank_flops(wide, b, times):
@@ -74,7 +80,8 @@ up_ = define(
 
 def _grad_up(dys, s, b, scales, wants_t, needs_b, needs_bias, backend):
     """Those of t, dB…, dbias… that are wanted, in that order."""
-    t, dbs, dbiases = passes_for(s, b, b, backend).grad_up(dys, s, b, scales, wants_t, needs_b, needs_bias)
+    passes = passes_for(_of_x(dys, s), b, b, backend)
+    t, dbs, dbiases = passes.grad_up(dys, s, b, scales, wants_t, needs_b, needs_bias)
     return [found for found in (t, *dbs, *dbiases) if found is not None]
 
 
@@ -100,7 +107,7 @@ grad_up = define(
 def _grad_down(dx, x, t, a, live, needs_a, p, seed, backend):
     """A new dx, if there is one, and the dA… that are wanted."""
     dx = None if dx is None else dx.clone()
-    dx, das = passes_for(t, a, a, backend).grad_down(dx, x, t, a, live, needs_a, p, seed)
+    dx, das = passes_for(_of_x((dx, x), t), a, a, backend).grad_down(dx, x, t, a, live, needs_a, p, seed)
     return [found for found in (dx, *das) if found is not None]
 
 

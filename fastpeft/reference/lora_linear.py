@@ -2,7 +2,7 @@
 
 `lora_linear` is the definition, differentiable by autograd. The passes below are the same in closed form, for a group of
 projections of one x: the `torch` backend. Shapes: x [..., K], W [N, K], A [R, K], B [N, R], scale [] or [R]; in the passes
-x [M, K], s and t [M, ΣR].
+x [M, K], s and t [M, ΣR], of `ranks_dtype`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,20 @@ import torch.nn.functional as F
 
 from .linear4bit import dense
 from .philox import dropout_mask
+
+
+def ranks_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of s and t, in which the rank-R terms are computed, for x of `dtype`.
+
+    fp16's range is too small for them: scale·B after the first steps of training, t of a small dy, s of a large x. bf16 has
+    float32's range, and rounding s and t once leaves its gradients as exact as before (benches/LOG.md has the figures).
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def scaled(b: torch.Tensor, scale: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
+    """scale·B in `dtype`; of an fp16 B not by way of fp16"""
+    return ((b.float() if b.dtype == torch.float16 else b) * scale).to(dtype)
 
 
 def drop(x: torch.Tensor, p: float, seed: torch.Tensor | None, projection: int = 0) -> torch.Tensor:
@@ -38,8 +52,9 @@ def lora_linear(
 ) -> torch.Tensor:
     y = F.linear(x if in_scale is None else x * in_scale.to(x.dtype), weight)
     if a is not None and b is not None:
-        s = F.linear(drop(x, dropout_p, seed, projection), a.to(x.dtype))
-        y = y + F.linear(s, (b * scale).to(x.dtype))
+        wide = ranks_dtype(x.dtype)
+        s = F.linear(drop(x.to(wide), dropout_p, seed, projection), a.to(wide))
+        y = (y + F.linear(s, scaled(b, scale, wide))).to(x.dtype)
     if lora_bias is not None:
         y = y + lora_bias.to(x.dtype)
     if out_scale is not None:
@@ -56,6 +71,7 @@ def can(meta) -> None:
 
 def down(x, a, p, seed):
     """-> s = drop(x) Aᵀ of all projections"""
+    x = x.to(ranks_dtype(x.dtype))
     parts = [drop(x, p, seed, i) @ a_i.to(x.dtype).t() for i, a_i in enumerate(a) if a_i is not None]
     return torch.cat(parts, dim=1) if parts else x.new_empty(x.shape[0], 0)
 
@@ -64,7 +80,7 @@ def up(ys, s, b, scales, lora_biases):
     """ys, to each of which s_i (scale·B_i)ᵀ + lora_bias_i was added in place"""
     for y, s_i, b_i, scale, lora_bias in zip(ys, split(s, b), b, scales, lora_biases):
         if b_i is not None:
-            y.addmm_(s_i, (b_i * scale).to(y.dtype).t())
+            _add_product(y, s_i, scaled(b_i, scale, s.dtype).t())
         if lora_bias is not None:
             y += lora_bias.to(y.dtype)
     return ys
@@ -74,12 +90,15 @@ def grad_up(dys, s, b, scales, wants_t, needs_b, needs_bias):
     """-> t = dy (scale·B), or None; [dB_i = scale·dy_iᵀ s_i]; [dbias_i = Σ_m dy_i]; None where not needed or without dy_i"""
     ts, dbs, dbiases = [], [], []
     for dy, s_i, b_i, scale, needs, needs_sum in zip(dys, split(s, b), b, scales, needs_b, needs_bias):
-        live = dy is not None
+        wide = None if dy is None else dy.to(s.dtype)
         if b_i is not None:
-            ts.append(dy @ (b_i * scale).to(dy.dtype) if live else torch.zeros_like(s_i))
-        db = ((dy.t() @ s_i).to(b_i.dtype) * scale).to(b_i.dtype) if live and needs and b_i is not None else None
+            ts.append(torch.zeros_like(s_i) if wide is None else wide @ scaled(b_i, scale, s.dtype))
+        db = None
+        if wide is not None and needs and b_i is not None:
+            db = ((wide.t() @ s_i).to(torch.promote_types(s.dtype, b_i.dtype)) * scale).to(b_i.dtype)
         dbs.append(db)
-        dbiases.append(dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if live and needs_sum else None)
+        summed = wide is not None and needs_sum
+        dbiases.append(dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if summed else None)
     return torch.cat(ts, dim=1) if wants_t else None, dbs, dbiases
 
 
@@ -90,13 +109,21 @@ def grad_down(dx, x, t, a, live, needs_a, p, seed):
         da = None
         if a_i is not None and live[i]:
             if needs_a[i]:
-                da = (t_i.t() @ drop(x, p, seed, i)).to(a_i.dtype)
+                da = (t_i.t() @ drop(x.to(t.dtype), p, seed, i)).to(a_i.dtype)
             if dx is not None and p == 0.0:
-                dx.addmm_(t_i, a_i.to(t.dtype))
+                _add_product(dx, t_i, a_i.to(t.dtype))
             elif dx is not None:
                 dx += drop(t_i @ a_i.to(t.dtype), p, seed, i)
         das.append(da)
     return dx, das
+
+
+def _add_product(y, left, right):
+    """y += left · right in place, rounded once"""
+    if y.dtype == left.dtype:
+        y.addmm_(left, right)
+    else:
+        y += left @ right
 
 
 def split(s, b):

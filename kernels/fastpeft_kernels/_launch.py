@@ -32,8 +32,14 @@ def dropout(p: float, seed: torch.Tensor | None) -> dict[str, object]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """tl.dot's input precision: float32 as PyTorch's own matmul has it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """tl.dot's input precision for x of `dtype`: float32 as PyTorch's own matmul has it; fp16's rank-R products in TF32."""
+    tf32 = dtype == torch.float16 or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32)
+    return "tf32" if tf32 else "ieee"
+
+
+def ranks_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of s and t for x of `dtype`, as `fastpeft.reference.lora_linear` has it."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def on_device(launch):

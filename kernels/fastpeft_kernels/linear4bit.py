@@ -161,7 +161,7 @@ def add_rest(
     if len(RANKS) > 0:
         acc = add_rank_term(
             acc, rows, columns, s_ptr, up_ptrs, scale_ptr, seed_ptr, keep_threshold, keep_value, M, C, stride_sm, stride_ur,
-            stride_uc, stride_scale, FIRST, RANKS, INDEX, DROPOUT, PRECISION, BLOCK_R,
+            stride_uc, stride_scale, FIRST, RANKS, INDEX, DROPOUT, out_ptr.dtype.element_ty, PRECISION, BLOCK_R,
         )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]

@@ -9,6 +9,10 @@
 Shapes: x [M, K], W [N, K], A [R, K], B [N, R], s and t [M, ΣR], dy [M, N]. A projection owns the columns
 FIRST[i] .. FIRST[i] + RANKS[i] - 1 of s and t. Sums are fp32; s, t and results are rounded once. Sums over programs go
 through partial results in fp32 and `sum_kernel`, so that they are the same in every run.
+
+With fp16 x, s and t are fp32, and products with them, with A and scale·B are of TF32: fp16's range does not hold these,
+TF32 has fp32's, and fp16's mantissa (10 bits; x and dy are exact in it). A power of two for each tile, which would keep
+fp16's rate, needs the tile's maximum first, and what is 2^-24 below it is lost.
 """
 
 from __future__ import annotations
@@ -17,6 +21,26 @@ import triton
 import triton.language as tl
 
 from ._philox import keep
+
+
+@triton.jit
+def widened(v):
+    """x or dy as a product with a rank-R operand takes it"""
+    if v.dtype == tl.float16:
+        v = v.to(tl.float32)
+    return v
+
+
+@triton.jit
+def rounded(v, DTYPE: tl.constexpr):
+    """A rank-R operand where x is of DTYPE. TF32 is rounded here, to the nearest: a product cuts its low bits off."""
+    if DTYPE == tl.float16:
+        v = v.to(tl.float32)
+        bits = (v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+    else:
+        v = v.to(DTYPE)
+    return v
 
 
 @triton.jit
@@ -44,7 +68,8 @@ def lora_linear_down_kernel(
             x_ptr + rows[:, None] * stride_xm + ks[None, :], mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0
         )
         # [BLOCK_R, BLOCK_K]
-        a = tl.load(a_rows[:, None] + ks[None, :], mask=owned[:, None] & (ks < K)[None, :], other=0.0).to(x.dtype)
+        a = tl.load(a_rows[:, None] + ks[None, :], mask=owned[:, None] & (ks < K)[None, :], other=0.0)
+        a, x = rounded(a, x_ptr.dtype.element_ty), widened(x)
         if DROPOUT:
             for i in tl.static_range(len(RANKS)):
                 mine = (ranks >= FIRST[i]) & (ranks < FIRST[i] + RANKS[i])
@@ -64,12 +89,11 @@ def lora_linear_down_kernel(
 def add_rank_term(
     acc, rows, columns, s_ptr, up_ptrs, scale_ptr, seed_ptr, keep_threshold, keep_value, M, C, stride_sm, stride_ur,
     stride_uc, stride_scale, FIRST: tl.constexpr, RANKS: tl.constexpr, INDEX: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc[m, c] + Σ_i drop_i(Σ_r s[m, FIRST[i] + r] · scale[r]·up_i[r, c]), fp32; scale·up is rounded to s's dtype."""
+    """acc[m, c] + Σ_i drop_i(Σ_r s[m, FIRST[i] + r] · scale[r]·up_i[r, c]), fp32; scale·up is `rounded`, as s is; DTYPE: x's"""
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_C: tl.constexpr = acc.shape[1]
-    dtype = s_ptr.dtype.element_ty
     for i in tl.static_range(len(RANKS)):
         term = tl.zeros((BLOCK_M, BLOCK_C), tl.float32) if DROPOUT else acc
         for r in range(0, RANKS[i], BLOCK_R):
@@ -88,7 +112,7 @@ def add_rank_term(
             if scale_ptr is not None:
                 scale = tl.load(scale_ptr + ranks * stride_scale, mask=inside, other=0.0)
                 up = up.to(tl.float32) * scale.to(tl.float32)[:, None]
-            term = tl.dot(s, up.to(dtype), term, input_precision=PRECISION)
+            term = tl.dot(rounded(s, DTYPE), rounded(up, DTYPE), term, input_precision=PRECISION)
         if DROPOUT:
             first = tl.min(columns, 0)
             kept = keep(tl.load(seed_ptr), rows, first, INDEX[i], keep_threshold, BLOCK_M, BLOCK_C)
@@ -115,7 +139,7 @@ def lora_linear_up_kernel(
         acc += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     acc = add_rank_term(
         acc, rows, columns, s_ptr, up_ptrs, scale_ptr, seed_ptr, keep_threshold, keep_value, M, C, stride_sm, stride_ur,
-        stride_uc, stride_scale, FIRST, RANKS, INDEX, DROPOUT, PRECISION, BLOCK_R,
+        stride_uc, stride_scale, FIRST, RANKS, INDEX, DROPOUT, out_ptr.dtype.element_ty, PRECISION, BLOCK_R,
     )  # fmt: skip
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -165,7 +189,7 @@ def lora_linear_gemm_kernel(
         if len(RANKS) > 0:
             acc = add_rank_term(
                 acc, rows, columns, s_ptr, up_ptrs, scale_ptr, seed_ptr, keep_threshold, keep_value, M, C, stride_sm,
-                stride_ur, stride_uc, stride_scale, FIRST, RANKS, INDEX, DROPOUT, PRECISION, BLOCK_R,
+                stride_ur, stride_uc, stride_scale, FIRST, RANKS, INDEX, DROPOUT, out_ptr.dtype.element_ty, PRECISION, BLOCK_R,
             )  # fmt: skip
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
@@ -195,7 +219,7 @@ def lora_linear_grad_up_kernel(
     if ds_ptr is not None:
         scale = tl.load(scale_ptr + ranks * stride_scale, mask=ranks < R, other=0.0)
         b = tl.load(b_ptr + of_b, mask=in_b, other=0.0)
-        b = (b.to(tl.float32) * scale.to(tl.float32)[None, :]).to(dtype)
+        b = rounded(b.to(tl.float32) * scale.to(tl.float32)[None, :], dtype)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
     for m in range(slab * slab_rows, min(M, (slab + 1) * slab_rows), BLOCK_M):
@@ -208,11 +232,11 @@ def lora_linear_grad_up_kernel(
         )
         in_s = (rows < M)[:, None] & (ranks < R)[None, :]
         if ds_ptr is not None:
-            ds = tl.dot(dy, b, input_precision=PRECISION)
+            ds = tl.dot(widened(dy), b, input_precision=PRECISION)
             tl.store(ds_ptr + (tile.to(tl.int64) * M + rows)[:, None] * R + ranks[None, :], ds, mask=in_s)
         if db_ptr is not None:
             s = tl.load(s_ptr + rows[:, None] * stride_sm + ranks[None, :], mask=in_s, other=0.0)
-            db = tl.dot(dy.T, s, db, input_precision=PRECISION)
+            db = tl.dot(widened(dy).T, rounded(s, dtype), db, input_precision=PRECISION)
         if dbias_ptr is not None:
             dbias += tl.sum(dy.to(tl.float32), 0)
     if db_ptr is not None:
@@ -246,6 +270,7 @@ def lora_linear_grad_down_kernel(
             mask=(rows < M)[:, None] & (ranks < TOTAL)[None, :],
             other=0.0,
         )
+        t, x = rounded(t, x_ptr.dtype.element_ty), widened(x)
         if DROPOUT:
             for i in tl.static_range(len(RANKS)):
                 mine = (ranks >= FIRST[i]) & (ranks < FIRST[i] + RANKS[i])

@@ -15,7 +15,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import lora_linear as kernels
-from ._launch import capability, dropout, multiprocessors, on_device, precision
+from ._launch import capability, dropout, multiprocessors, on_device, precision, ranks_dtype
 
 
 class Span(NamedTuple):
@@ -77,11 +77,11 @@ def down(x, a, p, seed):
     """-> s [M, ΣR] = drop(x) A_iᵀ; x [M, K], A_i [R_i, K]"""
     (m, k), (spans, a) = x.shape, _of_a(a)
     total = sum(span.rank for span in spans)
-    s = x.new_empty(m, total)
+    s = x.new_empty(m, total, dtype=ranks_dtype(x.dtype))
     if m == 0 or total == 0:
         return s
     if len({t.dtype for t in a}) > 1:  # the kernel picks a pointer for each rank
-        a = tuple(t.to(x.dtype) for t in a)
+        a = tuple(t.to(s.dtype) for t in a)
     block_r = _block(total, 32 if x.dtype == torch.float32 else 128)
     block_m, block_k = 64, 128
     if x.dtype == torch.float32:

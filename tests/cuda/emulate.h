@@ -257,6 +257,33 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T
   emulated::wait(1);
 }
 
+inline uint32_t tf32(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  return v != v ? 0x7fffffffu : (bits + 0x1000) & ~0x1fffu;
+}
+inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulated::Fiber& f = emulated::me();
+  for (int i = 0; i < 4; ++i) f.operands[i] = a[i];
+  f.operands[4] = b0, f.operands[5] = b1;
+  emulated::wait(1);
+  const int l = emulated::lane_id();
+  const auto element = [](int lane, int word) {  // the product does not see the low bits
+    const uint32_t bits = emulated::lane(lane).operands[word] & ~0x1fffu;
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+  };
+  for (int j = 0; j < 4; ++j) {
+    const int m = l / 4 + j / 2 * 8, n = l % 4 * 2 + j % 2;
+    float sum = c[j];
+    for (int k = 0; k < 8; ++k)
+      sum += element(m % 8 * 4 + k % 4, m / 8 + k / 4 * 2) * element(n * 4 + k % 4, 4 + k / 4);
+    c[j] = sum;
+  }
+  emulated::wait(1);
+}
+
 template <class Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, void*, const Args& args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
