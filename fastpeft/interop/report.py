@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,14 +14,17 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .. import ops
 from ..nn import Linear4bit, LoraLinear
+from .legal import Terms
 from .siblings import Group, Seat
 
 _NOT_APPLIED = "PEFT's own class: call fastpeft.apply(model), again after adding adapters to further layers"
 
 
 class LayerReport(NamedTuple):
-    """One layer. `path` is "fast" or "peft"; `reason` says why it is on PEFT's code, or with whom it shares x."""
+    """One layer. `path` is "fast", "torch" (our op by PyTorch's own functions) or "peft"; `reason` says why it is not fast, or
+    with whom it shares x."""
 
     name: str
     path: str
@@ -54,11 +58,12 @@ class Report:
         if self._model() is None:
             return "the model of this report is gone"
         rows, groups = self.layers, self.groups
-        fast = sum(row.path == "fast" for row in rows)
+        count = Counter(row.path for row in rows)
         width = max((len(row.name) for row in rows), default=0)
+        torch_backend = f"{count['torch']} on the torch backend, " if count["torch"] else ""
         lines = [
-            f"{len(rows)} LoRA layers: {fast} fast ({groups} group{'' if groups == 1 else 's'}), "
-            f"{len(rows) - fast} left on PEFT's code"
+            f"{len(rows)} LoRA layers: {count['fast']} fast ({groups} group{'' if groups == 1 else 's'}), {torch_backend}"
+            f"{count['peft']} left on PEFT's code"
         ]
         lines += [f"{row.name:<{width}}  {row.path}  {'; '.join(filter(None, row[2:]))}" for row in rows]
         return "\n".join(lines)
@@ -74,9 +79,9 @@ def known(module: nn.Module) -> bool:
 def _row(name: str, module: nn.Module) -> LayerReport:
     if isinstance(module, LoraLinear):
         base = module.base if isinstance(module.base, Linear4bit) else None
-        return LayerReport(
-            name, "fast", "fastpeft.nn.LoraLinear", _arithmetic(module.base.weight, [module.lora_a], base)
-        )
+        adapter = module.lora_a, module.lora_b, None, module.scale
+        found = Terms(module.base.weight, False, module.base.bias, 0.0, (adapter,), base)
+        return _ours(name, found, "fastpeft.nn.LoraLinear")
     why = _why_peft(module)
     if why is not None:
         return LayerReport(name, "peft", why, _peft_arithmetic(module))
@@ -85,9 +90,14 @@ def _row(name: str, module: nn.Module) -> LayerReport:
         return LayerReport(
             name, "fast", _company(_seat(module)), "in its last call; its parameters are sharded between calls"
         )
-    return LayerReport(
-        name, "fast", _company(_seat(module)), _arithmetic(found.weight, [a for a, *_ in found.adapters], found.base)
-    )
+    return _ours(name, found, "; ".join(filter(None, (found.off, _company(_seat(module))))))
+
+
+def _ours(name: str, found: Terms, reason: str) -> LayerReport:
+    a, b = ([adapter[i] for adapter in found.adapters] for i in (0, 1))
+    slow = ops.why_torch(found.weight, a, b, None if found.base is None else found.base.compute_dtype)
+    arithmetic = _arithmetic(found.weight, a, found.base)
+    return LayerReport(name, "fast" if slow is None else "torch", slow or reason, arithmetic)
 
 
 def _why_peft(module: nn.Module) -> str | None:
