@@ -94,7 +94,7 @@ def _row(name: str, module: nn.Module) -> LayerReport:
 
 
 def _ours(name: str, found: Terms, reason: str) -> LayerReport:
-    a, b = ([adapter[i] for adapter in found.adapters] for i in (0, 1))
+    a, b = [a for a, *_ in found.adapters], [b for _, b, *_ in found.adapters]
     slow = ops.why_torch(found.weight, a, b, None if found.base is None else found.base.compute_dtype)
     arithmetic = _arithmetic(found.weight, a, found.base)
     return LayerReport(name, "fast" if slow is None else "torch", slow or reason, arithmetic)

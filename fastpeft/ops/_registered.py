@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def passes_for(x, a, b, backend):
 def why_torch(weight, a, b, dtype: torch.dtype | None = None) -> str | None:
     """Why this layer runs by PyTorch's own functions (the `torch` backend), or None. a, b: of adapters that run as one."""
     x = torch.empty(1, 0, dtype=dtype or weight.dtype, device=weight.device)
-    meta = x, (), ()
+    meta: Any = (x, (), ())
     if a:
         r = sum(a_i.shape[0] for a_i in a)
         meta = x, [a[0].new_empty(r, 0)], [b[0].new_empty(0, r)]
