@@ -23,6 +23,7 @@ from _peft import (
     layers,
     output,
     pair,
+    path_on,
     peft_model,
     run,
     runs,
@@ -41,10 +42,6 @@ BF16_EPS = torch.finfo(torch.bfloat16).eps
 
 def paths(report) -> set[str]:
     return {row.path for row in report.layers}
-
-
-def path_on(backend: str) -> str:
-    return "torch" if backend.startswith("torch") else "fast"
 
 
 def reasons(report) -> str:

@@ -90,7 +90,8 @@ def _row(name: str, module: nn.Module) -> LayerReport:
         return LayerReport(
             name, "fast", _company(_seat(module)), "in its last call; its parameters are sharded between calls"
         )
-    return _ours(name, found, "; ".join(filter(None, (found.off, _company(_seat(module))))))
+    off = found.off and found.off + _merge_error(module)
+    return _ours(name, found, "; ".join(filter(None, (off, _company(_seat(module))))))
 
 
 def _ours(name: str, found: Terms, reason: str) -> LayerReport:
@@ -106,10 +107,7 @@ def _why_peft(module: nn.Module) -> str | None:
         found = module.fast_terms(None)
         if not isinstance(found, str):
             return seat.last if seat.refused else None
-        error = getattr(module.base_layer, "merge_error", None)
-        if error is not None and module.merged_adapters:
-            return f"{found}, and its 4-bit base quantised again (relative RMS error {error:.2g})"
-        return seat.last if seat.called and _sharded(module) else found
+        return seat.last if seat.called and _sharded(module) else found + _merge_error(module)
     four_bit = sys.modules.get("fastpeft.interop.peft_4bit")
     if four_bit is not None and type(module) is four_bit.PeftLinear4bit:
         return four_bit.why_left(module) or _NOT_APPLIED
@@ -117,6 +115,13 @@ def _why_peft(module: nn.Module) -> str | None:
         return _NOT_APPLIED
     kind = f"{type(module).__module__.split('.')[-2:][0]}.{type(module).__name__}"  # peft.tuners.lora.layer: lora.Embedding
     return f"no fast path for {kind}{'' if isinstance(module, LoraLayer) else ', which is not a LoRA layer'}"
+
+
+def _merge_error(module: nn.Module) -> str:
+    error = getattr(module.base_layer, "merge_error", None)
+    if error is None or not module.merged_adapters:
+        return ""
+    return f", and its 4-bit base quantised again (relative RMS error {error:.2g})"
 
 
 def _company(seat: Seat) -> str:
