@@ -64,6 +64,7 @@ struct LoraLinearGradDown {
 struct LoraLinearSmall {
   int64_t M, K, N, R;       // R = 0: the base alone
   Matrix x, w, y, s, a, b;  // [M, K], [N, K], [M, N], [M, R] (may be absent), [R, K], [N, R]
+  bool transposed;          // w is stored [K, N]
   Scale scale;
   Vector bias, lora_bias;  // [N]
   int threads;

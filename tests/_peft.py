@@ -184,3 +184,8 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, peft.tuners.lora.layer.LoraLayer):
             found.setdefault(name.rsplit(".", 1)[-1], module)
     return found
+
+
+def path_on(backend: str) -> str:
+    """What a report calls a layer that runs our op there."""
+    return "torch" if backend.startswith("torch") else "fast"

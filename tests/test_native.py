@@ -169,15 +169,20 @@ def test_philox_words(isa, memory, row, seed, projection):
 # ---- the passes ----
 
 
+ANY_ROWS = {"few_rows": dict.fromkeys(plans.DTYPES, 1000), "few_rows_transposed": 1000}
+
+
 class Case:
     """Operands of one shape on guarded memory (made when first used), and what the passes must give, in float64."""
 
-    def __init__(self, memory, shape, dtype, adapter_dtype, p=0.0, projections=1, scale_per_rank=True):
+    def __init__(
+        self, memory, shape, dtype, adapter_dtype, p=0.0, projections=1, scale_per_rank=True, transposed=False
+    ):
         self.memory, self.dtype, self.adapter_dtype, self.p = memory, dtype, adapter_dtype, p
         self.wide = ranks_dtype(dtype)  # of s and t
         self.M, self.K, self.N, self.R = shape
         self.seed, self.threads, self.scale_per_rank = torch.tensor(0x1234567890ABCDEF), 2, scale_per_rank
-        self.count = projections
+        self.count, self.transposed = projections, transposed
 
     def random(self, rows: int, columns: int, dtype=None, gap: int = 3) -> torch.Tensor:
         return self.memory.copy(normal(rows, columns), dtype or self.dtype, gap)
@@ -186,7 +191,9 @@ class Case:
     dx = cached_property(lambda self: self.random(self.M, self.K))
     y = cached_property(lambda self: self.random(self.M, self.N))
     dy = cached_property(lambda self: self.random(self.M, self.N))
-    w = cached_property(lambda self: self.random(self.N, self.K))
+    w = cached_property(
+        lambda self: self.random(self.K, self.N).t() if self.transposed else self.random(self.N, self.K)
+    )
     s = cached_property(lambda self: self.random(self.M, self.R * self.count, self.wide))
     t = cached_property(lambda self: self.random(self.M, self.R * self.count, self.wide))
     a = cached_property(lambda self: [self.random(self.R, self.K, self.adapter_dtype) for _ in range(self.count)])
@@ -238,16 +245,15 @@ class Case:
         """-> y, s, by the kernels of few rows, however many they are"""
         of = self.bias if bias else None
         adapter = [(self.a[0],), (self.b,), (self.scale,)] if self.R else [(None,), (None,), (None,)]
-        every = dict.fromkeys(plans.DTYPES, 1000)
-        with num_threads(self.threads), plans.override("cpu", few_rows=every):
+        with num_threads(self.threads), plans.override("cpu", **ANY_ROWS):
             (y,), s = native.lora_linear_few(self.x.contiguous(), (self.w,), (of,), *adapter, (of,))
         return y, s
 
     def plain(self, bias=True):
         """-> y, in a call without gradients"""
-        of, every = self.bias if bias else None, dict.fromkeys(plans.DTYPES, 1000)
+        of = self.bias if bias else None
         adapter = (self.a[0], self.b, self.scale) if self.R else (None, None, 1.0)
-        with num_threads(self.threads), plans.override("cpu", few_rows=every), torch.no_grad():
+        with num_threads(self.threads), plans.override("cpu", **ANY_ROWS), torch.no_grad():
             return native.lora_linear_plain(self.x.contiguous(), self.w, *adapter, of, of)
 
 
@@ -320,11 +326,12 @@ def test_grad_down(isa, memory, dtype, p, projections, wanted):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
-def test_small(isa, memory, dtype, bias):
+@pytest.mark.parametrize(("bias", "transposed"), [(True, False), (False, False), (True, True)])
+def test_small(isa, memory, dtype, bias, transposed):
     shapes = [(m, k, n, r) for m, k, n, r in SHAPES if m <= 32 and m * k * n]
     shapes += [(m, 133, 71, 6) for m in (2, 4, 8, 9, 13, 16, 17, 32, 33, 70)] + [(1, 600, 500, 0), (11, 40, 9, 0)]
-    for case, what in each_case(memory, dtype, shapes):
+    shapes += [(3, 67, 1030, 5), (2, 40, 1200, 0)] if transposed else []
+    for case, what in each_case(memory, dtype, shapes, transposed=transposed):
         y, s = case.small(bias)
         x, w, a, b = case.x.double(), case.w.double(), case.adapters()[0], case.scaled_b()
         check(s, x @ a.T, x.abs() @ a.abs().T, case.K, case.wide, f"s {what}")

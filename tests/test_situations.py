@@ -13,14 +13,16 @@ import fastpeft as fp
 from fastpeft.ops import linear4bit, lora_linear, lora_linear_group, quantize_4bit
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BASES = ["dense", "4 bits"]
+BASES = ["dense", "transposed", "4 bits"]
 
 
 def layer(dtype, lead=(3, 4), k=40, ns=(24, 33), r=6, base="dense"):
     """x, weights, a, b of a group"""
     x = torch.randn(*lead, k).to(dtype)
     weights = [(torch.randn(n, k) / k**0.5).to(dtype) for n in ns]
-    if base != "dense":
+    if base == "transposed":  # GPT-2's Conv1D stores it so
+        weights = [w.t().contiguous().t() for w in weights]
+    elif base == "4 bits":
         weights = [quantize_4bit(w) for w in weights]
     return x, weights, [torch.randn(r, k) / k**0.5 for _ in ns], [torch.randn(n, r) for n in ns]
 
@@ -37,7 +39,7 @@ def test_the_base_is_the_same_with_and_without_an_adapter(backend, base, dtype, 
     zeros = [torch.zeros_like(b_i) for b_i in b]
     with torch.no_grad():
         alone = [lora_linear(x, w, None, None) for w in weights]
-        if base != "dense":
+        if base == "4 bits":
             assert all(torch.equal(linear4bit(x, w), y) for w, y in zip(weights, alone))
     for p in (0.0, 0.3):
         for grad in (False, True):
@@ -185,7 +187,7 @@ def test_selective_checkpointing_saves_the_base(backend, base, m):
 
     contexts = partial(create_selective_checkpoint_contexts, policy)
     got = results(partial(checkpoint, use_reentrant=False, context_fn=contexts))
-    dense = [w.dequantize(torch.float32) if base != "dense" else w for w in weights]
+    dense = [w.dequantize(torch.float32) if base == "4 bits" else w for w in weights]
 
     def composed(cast):
         leaves = [cast(t).requires_grad_() for t in (x, *a, *b)]

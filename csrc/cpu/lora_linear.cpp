@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include "adapter.h"
+#include "columns.h"
 #include "dot.h"
 
 namespace {
@@ -405,10 +406,12 @@ int grad_down(const LoraLinearGradDown& d) {
 // ---- few rows (decoding), base included ----
 //
 // W is read once, at the speed of memory. Up to W/2 rows of x, vectors lie along k (dot.h); beyond, x is transposed and
-// vectors lie along the rows m: the same tiles as in the tall passes, with W in the place of x.
+// vectors lie along the rows m: the same tiles as in the tall passes, with W in the place of x. Where W is stored [K,
+// N], vectors lie along n (columns.h).
 
 constexpr int SMALL_MAX_M = 32;
 static_assert(SMALL_MAX_M <= 8 * W, "a row of sums fits on the stack");
+static_assert(COLUMNS_N % MB == 0);
 
 // sums[n, m] += Σ_k w[n, k] · xt[k, m] for N <= MB rows of w; sums and xt have `lanes` columns
 template <class T>
@@ -427,7 +430,7 @@ template <class T>
 int small(const LoraLinearSmall& d) {
   const int64_t M = d.M, K = d.K, N = d.N, R = d.R;
   if (M == 0 || N == 0) return OK;
-  const bool tall = M > W / 2;  // vectors along m
+  const bool tall = M > W / 2 && !d.transposed;  // vectors along m
   const int64_t ldx = round_up(K, W), lds = round_up(R, W), lanes = round_up(M, W);
   const T *x = (const T*)d.x.data, *w = (const T*)d.w.data;
   T* y = (T*)d.y.data;
@@ -436,12 +439,14 @@ int small(const LoraLinearSmall& d) {
 
   Workspace work;
   if (!work.allocate(Workspace::size(tall ? K * lanes : M * ldx) + Workspace::size(R * ldx) +
-                     Workspace::size(tall ? R * lanes : M * lds) + threads * Workspace::size(tall ? 0 : MB * R)))
+                     Workspace::size(tall ? R * lanes : M * lds) + threads * Workspace::size(tall ? 0 : MB * R) +
+                     threads * Workspace::size(d.transposed ? M * COLUMNS_N : 0)))
     return OUT_OF_MEMORY;
   float* xf = work.take(tall ? K * lanes : M * ldx);  // x: [K, M] if tall, else [M, K]
   float* af = work.take(R * ldx);                     // [R, K]
   float* sf = work.take(tall ? R * lanes : M * lds);  // s: [R, M] if tall, else [M, R]
   float* b_rows = work.take(threads * Workspace::size(tall ? 0 : MB * R));
+  float* columns_of = work.take(threads * Workspace::size(d.transposed ? M * COLUMNS_N : 0));  // [M, COLUMNS_N] each
 
   const auto run = [&] {
     const int me = omp_get_thread_num(), team = omp_get_num_threads();
@@ -485,8 +490,8 @@ int small(const LoraLinearSmall& d) {
 #pragma omp barrier
 
     // y: this thread's columns
-    const int64_t n_end = smaller(N, n_part.end * DOT_N);
-    for (int64_t n0 = n_part.begin * DOT_N; n0 < n_end; n0 += MB) {
+    const int64_t n_begin = n_part.begin * DOT_N, n_end = smaller(N, n_part.end * DOT_N);
+    for (int64_t n0 = n_begin; n0 < n_end; n0 += MB) {
       const int64_t n = smaller(MB, n_end - n0);
       const T* rows = w + n0 * d.w.ld;
       if (tall) {
@@ -507,7 +512,14 @@ int small(const LoraLinearSmall& d) {
         for (int64_t i = 0; R && i < n; ++i)  // the next block's, while this one streams W
           __builtin_prefetch(element(d.b.data, d.b.dtype, (n0 + MB + i) * d.b.ld), 0, 2);
         if (R) load_adapter<Ranks<T>>(b, R, d.b, n0, n, R, d.scale);
-        dot_rows(out, MB, rows, d.w.ld, n, xf, ldx, M, K, b, R, sf, lds);
+        dot_rows(out, MB, rows, d.w.ld, n, xf, ldx, M, d.transposed ? 0 : K, b, R, sf, lds);
+        if (d.transposed) {
+          float* base = columns_of + me * Workspace::size(M * COLUMNS_N);
+          const int64_t at = (n0 - n_begin) % COLUMNS_N;
+          if (at == 0) columns(base, w + n0, d.w.ld, smaller(COLUMNS_N, n_end - n0), xf, ldx, M, K);
+          for (int64_t m = 0; m < M; ++m)
+            for (int64_t i = 0; i < n; ++i) out[m * MB + i] += base[m * COLUMNS_N + at + i];
+        }
       }
       const Vector biases[] = {d.bias, d.lora_bias};
       for (const Vector& v : biases) {

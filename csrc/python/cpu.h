@@ -13,8 +13,9 @@ const Linear4bitKernels& linear4bit();
 // The measured crossovers that fastpeft/backends/plans.py hands over. Rows: up to so many take the kernels of few rows.
 struct Plan {
   int64_t few_rows[ISA_COUNT][3] = {}, few_rows_4bit[ISA_COUNT][3] = {};  // by instruction set and Dtype
-  int64_t few_rows_untiled = 0;  // over a 4-bit weight in bitsandbytes' order, which is slower to decode
-  bool dot = false;              // bf16 rows take the dot product of pairs, where the instruction set has one
+  int64_t few_rows_untiled = 0;     // over a 4-bit weight in bitsandbytes' order, which is slower to decode
+  int64_t few_rows_transposed = 0;  // over a dense weight that is stored [K, N]
+  bool dot = false;                 // bf16 rows take the dot product of pairs, where the instruction set has one
 };
 extern Plan plan;
 
@@ -23,6 +24,8 @@ struct Base {
   Tensor dense;  // none: in 4 bits
   Weight4bit packed{};
   int64_t N = 0, K = 0;
+  // Whether a dense one is stored row by row.
+  bool in_rows() const { return (K == 1 || dense.stride(1) == 1) && dense.stride(0) >= K; }
   // Whether rows of x take the kernels of few rows.
   bool takes(int64_t M, int dtype) const;
 };

@@ -47,7 +47,9 @@ const char* read_packed_base(PyObject* object, const Tensor& x, Base* out) {
 bool Base::takes(int64_t M, int dtype) const {
   if (M <= 0 || N <= 0 || K <= 0) return false;
   const int isa = (int)current_isa();
-  if (dense) return M <= plan.few_rows[isa][dtype] && (K == 1 || dense.stride(1) == 1) && dense.stride(0) >= K;
+  if (dense)
+    return M <= plan.few_rows[isa][dtype] &&
+           (in_rows() || (M <= plan.few_rows_transposed && dense.stride(0) == 1 && dense.stride(1) >= N));
   const int64_t most = plan.few_rows_4bit[isa][dtype];
   return M <= (packed.tiled || most < plan.few_rows_untiled ? most : plan.few_rows_untiled);
 }

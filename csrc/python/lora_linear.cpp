@@ -286,8 +286,10 @@ struct Few {
   int call(const Base& base, int threads) const {
     if (!base.dense)
       return linear4bit().small({base.packed, M, R, x, y, s, a, b, scale, bias, lora_bias, plan.dot, threads});
-    const Matrix w{base.dense.data(), base.dense.stride(0) > K ? base.dense.stride(0) : K, x.dtype};
-    return lora_linear().small({M, K, base.N, R, x, w, y, s, a, b, scale, bias, lora_bias, threads});
+    const bool transposed = !base.in_rows();
+    const int64_t ld = transposed ? base.dense.stride(1) : std::max(base.dense.stride(0), K);
+    const Matrix w{base.dense.data(), ld, x.dtype};
+    return lora_linear().small({M, K, base.N, R, x, w, y, s, a, b, transposed, scale, bias, lora_bias, threads});
   }
 };
 

@@ -90,7 +90,7 @@ struct Torch {
   PyObject *is_neg = nullptr, *get_num_threads = nullptr, *is_grad_enabled = nullptr, *requires_grad = nullptr;
   PyObject *empty = nullptr, *empty_keywords = nullptr, *device = nullptr;
   PyObject* dtypes[5] = {};              // by Dtype, INT64 and UINT8
-  PyObject* watchers[4] = {};            // functions whose answer is false or None in a plain call
+  PyObject* watchers[5] = {};            // functions whose answer is false or None in a plain call
   PyObject* allocate_instead = nullptr;  // (shape, dtype code) -> tensor: tests hand out guarded memory
 };
 inline Torch torch_;
@@ -123,6 +123,7 @@ inline void import_torch() {
   torch_.watchers[1] = attribute("torch._C", "_len_torch_dispatch_stack");
   torch_.watchers[2] = attribute("torch._C", "_is_torch_function_mode_enabled");
   torch_.watchers[3] = attribute("torch._C._functorch", "peek_interpreter_stack");
+  torch_.watchers[4] = attribute("torch._C._autograd", "_profiler_enabled");
 }
 
 inline bool answers_true(PyObject* function) {
@@ -132,7 +133,7 @@ inline bool answers_true(PyObject* function) {
   return truth;
 }
 
-// No autocast, no dispatch or function mode, no functorch transform.
+// No autocast, no dispatch or function mode, no functorch transform, no profiler.
 inline bool plain_call() {
   for (PyObject* watcher : torch_.watchers)
     if (answers_true(watcher)) return false;

@@ -67,7 +67,7 @@ class _Plan:
                 few_4bit["bfloat16"] = min(few_4bit["bfloat16"], most)
             rows.append((isa, [few[dtype] for dtype in DTYPES], [few_4bit[dtype] for dtype in DTYPES]))
         self.most_rows = max(m for _, *both in rows for of in both for m in of)
-        module.set_plan(rows, self.cpu["few_rows_untiled"], self.cpu["dot"])
+        module.set_plan(rows, self.cpu["few_rows_untiled"], self.cpu["few_rows_transposed"], self.cpu["dot"])
 
 
 current = _Plan()

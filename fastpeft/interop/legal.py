@@ -2,7 +2,8 @@
 
 The fast path calls past `base_layer()`, `lora_A()`, `lora_B()` and `lora_dropout()`. That is legal only while nobody
 would notice: no hooks, no parametrisations, no sharded or offloaded weights, no forward but PyTorch's own in them.
-Nothing is cached, so nothing is ever stale.
+Nothing is cached, so nothing is ever stale. Whether the adapters are on never decides: a layer computes its base in one
+way with them and without, so that a policy and its reference (DPO, GRPO) are the same function before the first step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as every_module
+from torch.utils.module_tracker import ModuleTracker
 from transformers.pytorch_utils import Conv1D
 
 from ..nn import Linear4bit
@@ -36,6 +38,7 @@ class Terms(NamedTuple):
     dropout_p: float
     adapters: tuple[Adapter, ...]
     base: Linear4bit | None = None  # where the weight is in 4 bits
+    off: str | None = None  # why the base runs alone, whatever the adapters are
 
     def dtype(self, x: torch.Tensor) -> torch.dtype:
         """What x is computed in."""
@@ -47,10 +50,6 @@ class Terms(NamedTuple):
 
 def terms(layer: PeftLinear) -> Terms | str:
     """What the layer computes now, or the reason why it must run PEFT's own code."""
-    if layer._disable_adapters:
-        return "its adapters are disabled"
-    if layer.merged_adapters:
-        return "its adapters are merged"
     if "forward" in layer.__dict__:
         return "it has a forward of its own (accelerate's hooks do that)"
     modules = layer._modules
@@ -67,12 +66,16 @@ def terms(layer: PeftLinear) -> Terms | str:
         return "its base weight requires grad"
     if (weight.dtype not in DTYPES and kind is not Linear4bit) or weight.is_meta:
         return f"its base weight is {weight.dtype} on {weight.device}"
-    if nn.Linear.forward is not _LINEAR_FORWARD or _has_any_global_hook():
+    if nn.Linear.forward is not _LINEAR_FORWARD or _noticed_everywhere():
         return "there are hooks on every nn.Module, or another nn.Linear.forward"
-    active = layer._active_adapter
+    active, off = layer._active_adapter, None
+    names = (active,) if type(active) is str else active
+    if layer._disable_adapters or layer.merged_adapters:
+        off = "its adapters are disabled" if layer._disable_adapters else "its adapters are merged"
+        names = dict.fromkeys((*names, *layer.merged_adapters))
     downs, ups, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     adapters, dropout_p = [], 0.0
-    for name in (active,) if type(active) is str else active:
+    for name in names:
         if name not in downs:
             continue
         if name in layer.lora_variant:
@@ -84,13 +87,13 @@ def terms(layer: PeftLinear) -> Terms | str:
         adapters.append(adapter)
         if type(dropout) is nn.Dropout and dropout.training:
             dropout_p = max(dropout_p, dropout.p)
-    if not adapters:
-        return "no adapter of it is active"
     if dropout_p and len(adapters) > 1:
         return "several adapters with dropout are active in training"
+    if off is not None or not adapters:
+        dropout_p, off = 0.0, off or "no adapter of it is active"
     if kind is Linear4bit:
-        return Terms(base.weight4bit, False, bias, dropout_p, tuple(adapters), base)
-    return Terms(weight, kind is Conv1D, bias, dropout_p, tuple(adapters))
+        return Terms(base.weight4bit, False, bias, dropout_p, tuple(adapters), base, off)
+    return Terms(weight, kind is Conv1D, bias, dropout_p, tuple(adapters), None, off)
 
 
 def _adapter(down: nn.Module, up: nn.Module, dropout: nn.Module, scaling: object) -> Adapter | str:
@@ -118,6 +121,8 @@ def refusal(layer: PeftLinear, x: torch.Tensor, found: Terms) -> str | None:
     dtype = x.dtype
     if dtype not in DTYPES or x.is_meta:
         return f"x is {dtype} on {x.device}"
+    if x.is_nested or x.layout is not torch.strided:
+        return f"x is a {'nested' if x.is_nested else x.layout} tensor"
     if found.base is None and dtype is not found.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {dtype}, its base weight {found.weight.dtype}"
     if not layer.cast_input_dtype_enabled and any(a.dtype is not dtype for a, *_ in found.adapters):
@@ -140,6 +145,20 @@ def noticed(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def _noticed_everywhere() -> bool:
+    """Hooks on every nn.Module, but for those by which PyTorch's own counters (of FLOPs, say) know where they are."""
+    if not every_module._has_any_global_hook():
+        return False
+    of_all = (
+        every_module._global_forward_hooks,
+        every_module._global_forward_pre_hooks,
+        every_module._global_backward_hooks,
+        every_module._global_backward_pre_hooks,
+    )
+    hooks = [hook for hooks in of_all for hook in hooks.values()]
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def _constant(scaling: object) -> bool:

@@ -38,7 +38,7 @@ class Fast(Base):
         """x [..., K] -> [..., N], as PEFT's; other arguments (`adapter_names`, ...) run PEFT's code."""
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
-        found = legal.terms(self)
+        found = self._terms()
         refused = None if isinstance(found, str) else legal.refusal(self, x, found)
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -59,10 +59,15 @@ class Fast(Base):
 
     def fast_terms(self, x: torch.Tensor | None) -> Terms | str:
         """What the fast path computes for x, or why this call is PEFT's. None: whatever x (for the report)."""
-        found = legal.terms(self)
+        found = legal.terms(self) if x is None else self._terms()
         if x is None or isinstance(found, str):
             return found
         return legal.refusal(self, x, found) or found
+
+    def _terms(self) -> Terms | str:
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()  # as PEFT's forward does
+        return legal.terms(self)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT's. A 4-bit base is quantised again and keeps its original: see `merge_4bit`."""
@@ -217,6 +222,8 @@ def _forward_all(x: torch.Tensor, every: Sequence[Terms]) -> list[torch.Tensor]:
 def _arguments(found: Terms) -> tuple[Any, ...]:
     """weight, a, b, scale, bias, lora_bias for the op. Several adapters are one of rank ΣR, with a scale for each row."""
     weight = found.weight.t() if found.transposed else found.weight
+    if found.off is not None:
+        return weight, None, None, 1.0, found.bias, None
     if len(found.adapters) == 1:
         (a, b, bias, scale) = found.adapters[0]
         return weight, a, b, scale, found.bias, None if bias is None else bias * scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,14 +14,17 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .. import ops
 from ..nn import Linear4bit, LoraLinear
+from .legal import Terms
 from .siblings import Group, Seat
 
 _NOT_APPLIED = "PEFT's own class: call fastpeft.apply(model), again after adding adapters to further layers"
 
 
 class LayerReport(NamedTuple):
-    """One layer. `path` is "fast" or "peft"; `reason` says why it is on PEFT's code, or with whom it shares x."""
+    """One layer. `path` is "fast", "torch" (our op by PyTorch's own functions) or "peft"; `reason` says why it is not fast, or
+    with whom it shares x."""
 
     name: str
     path: str
@@ -54,11 +58,12 @@ class Report:
         if self._model() is None:
             return "the model of this report is gone"
         rows, groups = self.layers, self.groups
-        fast = sum(row.path == "fast" for row in rows)
+        count = Counter(row.path for row in rows)
         width = max((len(row.name) for row in rows), default=0)
+        torch_backend = f"{count['torch']} on the torch backend, " if count["torch"] else ""
         lines = [
-            f"{len(rows)} LoRA layers: {fast} fast ({groups} group{'' if groups == 1 else 's'}), "
-            f"{len(rows) - fast} left on PEFT's code"
+            f"{len(rows)} LoRA layers: {count['fast']} fast ({groups} group{'' if groups == 1 else 's'}), {torch_backend}"
+            f"{count['peft']} left on PEFT's code"
         ]
         lines += [f"{row.name:<{width}}  {row.path}  {'; '.join(filter(None, row[2:]))}" for row in rows]
         return "\n".join(lines)
@@ -74,9 +79,9 @@ def known(module: nn.Module) -> bool:
 def _row(name: str, module: nn.Module) -> LayerReport:
     if isinstance(module, LoraLinear):
         base = module.base if isinstance(module.base, Linear4bit) else None
-        return LayerReport(
-            name, "fast", "fastpeft.nn.LoraLinear", _arithmetic(module.base.weight, [module.lora_a], base)
-        )
+        adapter = module.lora_a, module.lora_b, None, module.scale
+        found = Terms(module.base.weight, False, module.base.bias, 0.0, (adapter,), base)
+        return _ours(name, found, "fastpeft.nn.LoraLinear")
     why = _why_peft(module)
     if why is not None:
         return LayerReport(name, "peft", why, _peft_arithmetic(module))
@@ -85,9 +90,15 @@ def _row(name: str, module: nn.Module) -> LayerReport:
         return LayerReport(
             name, "fast", _company(_seat(module)), "in its last call; its parameters are sharded between calls"
         )
-    return LayerReport(
-        name, "fast", _company(_seat(module)), _arithmetic(found.weight, [a for a, *_ in found.adapters], found.base)
-    )
+    off = found.off and found.off + _merge_error(module)
+    return _ours(name, found, "; ".join(filter(None, (off, _company(_seat(module))))))
+
+
+def _ours(name: str, found: Terms, reason: str) -> LayerReport:
+    a, b = [a for a, *_ in found.adapters], [b for _, b, *_ in found.adapters]
+    slow = ops.why_torch(found.weight, a, b, None if found.base is None else found.base.compute_dtype)
+    arithmetic = _arithmetic(found.weight, a, found.base)
+    return LayerReport(name, "fast" if slow is None else "torch", slow or reason, arithmetic)
 
 
 def _why_peft(module: nn.Module) -> str | None:
@@ -96,10 +107,7 @@ def _why_peft(module: nn.Module) -> str | None:
         found = module.fast_terms(None)
         if not isinstance(found, str):
             return seat.last if seat.refused else None
-        error = getattr(module.base_layer, "merge_error", None)
-        if error is not None and module.merged_adapters:
-            return f"{found}, and its 4-bit base quantised again (relative RMS error {error:.2g})"
-        return seat.last if seat.called and _sharded(module) else found
+        return seat.last if seat.called and _sharded(module) else found + _merge_error(module)
     four_bit = sys.modules.get("fastpeft.interop.peft_4bit")
     if four_bit is not None and type(module) is four_bit.PeftLinear4bit:
         return four_bit.why_left(module) or _NOT_APPLIED
@@ -107,6 +115,13 @@ def _why_peft(module: nn.Module) -> str | None:
         return _NOT_APPLIED
     kind = f"{type(module).__module__.split('.')[-2:][0]}.{type(module).__name__}"  # peft.tuners.lora.layer: lora.Embedding
     return f"no fast path for {kind}{'' if isinstance(module, LoraLayer) else ', which is not a LoRA layer'}"
+
+
+def _merge_error(module: nn.Module) -> str:
+    error = getattr(module.base_layer, "merge_error", None)
+    if error is None or not module.merged_adapters:
+        return ""
+    return f", and its 4-bit base quantised again (relative RMS error {error:.2g})"
 
 
 def _company(seat: Seat) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._registered import BACKENDS
+from ._registered import why_torch as why_torch  # for reports
 from .linear4bit import linear4bit, quantize_4bit
 from .lora_linear import lora_linear, lora_linear_group
 

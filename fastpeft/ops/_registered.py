@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
-from ..backends.choice import choose
+from ..backends.choice import choose, forced
 from ..backends.cpu import lora_linear as cpu
 from ..backends.cuda import lora_linear as cuda
 from ..backends.gemm import gemms
@@ -23,6 +24,21 @@ BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": reference}
 
 def passes_for(x, a, b, backend):
     return choose("lora_linear", BACKENDS, (x, a, b), backend)
+
+
+def why_torch(weight, a, b, dtype: torch.dtype | None = None) -> str | None:
+    """Why this layer runs by PyTorch's own functions (the `torch` backend), or None. a, b: of adapters that run as one."""
+    x = torch.empty(1, 0, dtype=dtype or weight.dtype, device=weight.device)
+    meta: Any = (x, (), ())
+    if a:
+        r = sum(a_i.shape[0] for a_i in a)
+        meta = x, [a[0].new_empty(r, 0)], [b[0].new_empty(0, r)]
+    if choose("lora_linear", BACKENDS, meta, forced()) is not reference:
+        return None
+    if forced():
+        return "backend 'torch' is forced"
+    why = [reason for backend in BACKENDS.values() if (reason := backend.can(meta)) and "tensors are on" not in reason]
+    return why[0] if why else f"no kernels for {x.device}"
 
 
 def _of_x(tensors, ranks):
@@ -236,3 +252,19 @@ class Compiled(Seen):
     def combine_4bit(self, dys, ws):
         parts = [combine(dy, *_flat(w), self.backend) for dy, w in zip(dys, ws)]
         return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
+
+
+class Named:
+    """A backend's passes as a profiler shows them, by the names of the registered ones. (`fused` also where it has no way.)"""
+
+    def __init__(self, passes) -> None:
+        self.passes = passes
+
+    def __getattr__(self, name: str):
+        found = getattr(self.passes, name)
+
+        def named(*arguments):
+            with torch.profiler.record_function(f"fastpeft::lora_linear_{name}"):
+                return found(*arguments)
+
+        return named

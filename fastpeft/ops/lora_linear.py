@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._C._autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
 from .. import native
@@ -23,7 +24,7 @@ from ..reference import lora_linear as reference
 from ..weight4bit import Weight4bit, join, split
 from . import _arguments, _check
 from ._op import once_differentiable, plain_call, transformed
-from ._registered import BACKENDS, Compiled, Seen
+from ._registered import BACKENDS, Compiled, Named, Seen
 
 Weights = Sequence[torch.Tensor | Weight4bit]
 Optionals = Sequence[torch.Tensor | None]
@@ -138,6 +139,8 @@ def run(op: str, x, lists, p, seed, in_scale=None, out_scale=None) -> Sequence[t
         lists = _arguments.with_tensor_scales(x, lists)
         plain = plain_call(x) and not x.is_meta
         passes = choose("lora_linear", BACKENDS, (x, *lists[2:4]), forced()) if plain else forced()
+        if plain and _profiler_enabled():
+            passes = Named(passes)
     seed = _check.seed_tensor(op, seed, x.device) if p else None
     if not flags & NEEDS_GRAD:
         return (found or forward(_passes(passes), x, *lists, p, seed))[0]
