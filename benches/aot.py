@@ -194,7 +194,11 @@ def packed(launchers: Any, m: int, n: int, k: int, dtype: torch.dtype, nested: b
     absmax, offset = (torch.empty(-(-blocks // 256)), torch.empty(())) if nested else (None, None)
     data = torch.empty(n * k // 2, dtype=torch.uint8)
     weight = Weight4bit(data, scales, absmax, offset, (n, k), dtype, "nf4", 64)
-    x, dy, s = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.empty(m, r, dtype=ranks_dtype(dtype))
+    x, dy, s = (
+        torch.empty(m, k, dtype=dtype),
+        torch.empty(m, n, dtype=dtype),
+        torch.empty(m, r, dtype=ranks_dtype(dtype)),
+    )
     a, b, bias, seed = torch.empty(r, k), torch.empty(n, r), torch.empty(n, dtype=dtype), torch.tensor(1) if p else None
     if p == 0.0:
         launchers.dequantize(weight, dtype)

@@ -115,9 +115,7 @@ def test_the_definition_does_too(p, size):
 def test_compiled_and_exported_it_does_too(size):
     def compiled(x, w, a, b, scale, p, seed):
         torch._dynamo.reset()
-        of = torch.compile(
-            lambda x, a, b: lora_linear(x, w, a, b, scale=scale), fullgraph=True, backend="aot_eager"
-        )
+        of = torch.compile(lambda x, a, b: lora_linear(x, w, a, b, scale=scale), fullgraph=True, backend="aot_eager")
         return of(x, a, b)
 
     check(20, size, False, 0.0, 2**-23, group=False, way=compiled)
@@ -135,7 +133,9 @@ def test_narrow_adapters(backend, adapter_dtype):
     t = dy.double() @ b.detach().double() / 64
     exact = t.t() @ x.detach().double()
     terms = (dy.double().abs() @ b.detach().double().abs() / 64).t() @ x.detach().double().abs()
-    assert_close(da, exact.to(adapter_dtype), exact, eps=max(eps_of(backend), torch.finfo(adapter_dtype).eps), terms=terms)
+    assert_close(
+        da, exact.to(adapter_dtype), exact, eps=max(eps_of(backend), torch.finfo(adapter_dtype).eps), terms=terms
+    )
 
 
 @pytest.mark.parametrize("m", [3, 70])

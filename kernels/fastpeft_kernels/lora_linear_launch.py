@@ -213,7 +213,8 @@ def _grad_up(dy, s, b, scale, ds, db, dbias):
     """ds [M, R] = dy (scale·B), db [N, R] = scale·dyᵀ s, dbias [N] = Σ_m dy; each may be None (not wanted)"""
     (m, n), r = dy.shape, 0 if b is None else b.shape[1]
     block_r = _block(r, 32 if dy.dtype == torch.float32 else 128)
-    block_n = 32 if dy.dtype == torch.float32 else min(8192 // block_r, _block(n, 256))
+    widest = 128 if dy.dtype == torch.float16 else 256  # dy widened to fp32 beside its copy: 256 spill
+    block_n = 32 if dy.dtype == torch.float32 else min(8192 // block_r, _block(n, widest))
     tiles = triton.cdiv(n, block_n)
     slabs, slab_rows = _slabs(m, tiles, 64, dy.device)
 
