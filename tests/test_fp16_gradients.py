@@ -1,4 +1,4 @@
-"""fp16 and float32 adapters: the rank-R path keeps its range, and dA and dB are as exact as PEFT's, which computes it in float32.
+"""fp16 and float32 adapters: the rank-R path keeps its range; dA and dB are as exact as PEFT's, which computes it in float32.
 
 dy of 1e-6 to 1e-5 is what a loss gives without a scaler, B of 1e-4 what the first step of Adam does: scale·B, t and s·dy are
 far below fp16's smallest number. Large activations go the other way: s beyond 65504, and y finite for B is small.
