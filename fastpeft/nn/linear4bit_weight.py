@@ -23,9 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..weight4bit import Weight4bit
 
-_LOCK = (
-    threading.Lock()
-)  # two threads may run one layer: a change of order is of the bytes and of what is known about them
+_LOCK = threading.RLock()  # two threads may run one layer: nobody tiles while another looks
 
 # fmt: off
 _ABOUT = (
@@ -97,6 +95,11 @@ class Looked:
     __slots__ = ()
     _held: Held
 
+    @staticmethod
+    def about(held: Held) -> dict[str, Any]:
+        """Its `__dict__`."""
+        return {}
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = {} if kwargs is None else kwargs
@@ -104,11 +107,12 @@ class Looked:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         mine = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Looked)]
-        for weight in mine:
-            order(weight)
-        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[misc]
-        for weight in mine:
-            _follow(weight)
+        with _LOCK:
+            for weight in mine:
+                order(weight)
+            result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[misc]
+            for weight in mine:
+                _follow(weight)
         return result
 
     def __deepcopy__(self, memo):
@@ -137,7 +141,7 @@ def parameter(held: Held, requires_grad: bool = False) -> Any:
         from .linear4bit_bitsandbytes import Params4bit as kind  # type: ignore[assignment]
     made = torch.Tensor._make_subclass(kind, held.seen(), requires_grad)  # type: ignore[arg-type]
     made._held = held  # type: ignore[attr-defined]
-    made.__dict__.update(getattr(kind, "about", dict)(held))
+    made.__dict__.update(kind.about(held))  # type: ignore[attr-defined]
     return made
 
 
