@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -24,6 +25,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 _DTYPE_LIST = list(DTYPES.values())
 TILE_ROWS, TILE_K = 16, 8
 _MAX_JSON = 1 << 16
+_OWN_PAGES = 1 << 18 if hasattr(mmap, "MAP_ANONYMOUS") else 1 << 63  # bytes; Windows has none
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -109,10 +111,15 @@ class Weight4bit:
 
     def tile(self) -> Weight4bit:
         """In tiles for the CPU kernels, where it is on the CPU and they take its shape; else itself."""
-        (n, k), rows = self.shape, self.shape[0] // TILE_ROWS * TILE_ROWS
-        if self.tiled or self.device.type != "cpu" or k % TILE_K or k == 0 or rows == 0:
+        if not self.tileable:
             return self
-        return replace(self, data=_tile(self.data, n, 4), scales=self._with_scales(_tile), tiled=True)
+        return replace(self, data=_tile(self.data, self.shape[0], 4), scales=self._with_scales(_tile), tiled=True)
+
+    @property
+    def tileable(self) -> bool:
+        """Whether `tile` makes tiles of it."""
+        n, k = self.shape
+        return not self.tiled and self.device.type == "cpu" and k % TILE_K == 0 and k > 0 and n >= TILE_ROWS
 
     def untile(self) -> Weight4bit:
         """In bitsandbytes' order."""
@@ -162,17 +169,28 @@ class Weight4bit:
 
 def _tile(t: torch.Tensor, n: int, unit: int) -> torch.Tensor:
     """[N, columns, unit] -> [N/16, columns, 16, unit], then the rows past the last 16; flat both."""
-    rows = n // TILE_ROWS * TILE_ROWS
-    body, tail = t.view(n, -1)[:rows], t.view(n, -1)[rows:]
-    body = body.reshape(rows // TILE_ROWS, TILE_ROWS, -1, unit).transpose(1, 2)
-    return torch.cat([body.reshape(-1), tail.reshape(-1)])
+    out, rows = _memory(t), n // TILE_ROWS
+    whole = t.numel() // n * rows * TILE_ROWS
+    out[:whole].view(rows, -1, TILE_ROWS, unit).copy_(t[:whole].view(rows, TILE_ROWS, -1, unit).transpose(1, 2))
+    out[whole:] = t[whole:]
+    return out
 
 
 def _untile(t: torch.Tensor, n: int, unit: int) -> torch.Tensor:
-    rows = n // TILE_ROWS * TILE_ROWS
-    whole = t.numel() // n * rows
-    body = t[:whole].view(rows // TILE_ROWS, -1, TILE_ROWS, unit).transpose(1, 2)
-    return torch.cat([body.reshape(-1), t[whole:]])
+    out, rows = _memory(t), n // TILE_ROWS
+    whole = t.numel() // n * rows * TILE_ROWS
+    out[:whole].view(rows, TILE_ROWS, -1, unit).copy_(t[:whole].view(rows, -1, TILE_ROWS, unit).transpose(1, 2))
+    out[whole:] = t[whole:]
+    return out
+
+
+def _memory(like: torch.Tensor) -> torch.Tensor:
+    """New memory of its size; large pieces straight from the system, for malloc keeps the holes when a model's layers are laid
+    out anew one after the other (1.27x the 4-bit base stayed resident after a `state_dict`, 0.06x so)."""
+    size = like.numel() * like.itemsize
+    if size < _OWN_PAGES or type(like) is not torch.Tensor or not like.is_cpu or torch.compiler.is_compiling():
+        return torch.empty_like(like)
+    return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=like.dtype)
 
 
 # ---- as flat tensors and ints, for the registered op and autograd ----

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..nn import Linear4bit
@@ -71,14 +72,14 @@ class Fast(Base):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT's. A 4-bit base is quantised again and keeps its original: see `merge_4bit`."""
-        if type(self.get_base_layer()) is Linear4bit:
+        if isinstance(self.get_base_layer(), Linear4bit):
             merge_4bit.merge(self, adapter_names)
         else:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge(self) -> None:
         """As PEFT's; a 4-bit base gets its original bits back."""
-        if type(self.get_base_layer()) is Linear4bit:
+        if isinstance(self.get_base_layer(), Linear4bit):
             merge_4bit.unmerge(self)
         else:
             super().unmerge()
@@ -116,6 +117,7 @@ def apply(model: nn.Module) -> Report:
         id(part) for module in model.modules() if isinstance(module, MultiheadAttention) for part in module.modules()
     }
     swapped: list[nn.Module] = []
+    made = WeakIdKeyDictionary()
     try:
         for layer in layers:
             if id(layer) in inside:  # PEFT's attention layer reads its projections' weights and never calls them
@@ -126,7 +128,7 @@ def apply(model: nn.Module) -> Report:
             swapped.append(layer)
             layer._fastpeft = Seat()
             if four_bit:
-                _four_bit().take_base(layer)
+                _four_bit().take_base(layer, made)
             layer.__class__ = fast[type(layer)]
         _group(model)
     except BaseException:
@@ -186,13 +188,14 @@ def _group(model: nn.Module) -> None:
 
 
 def _swap_back(layers: Sequence[nn.Module]) -> None:
+    made = WeakIdKeyDictionary()
     for layer in layers:
         seat = layer.__dict__.pop("_fastpeft", None)
         if seat is not None and seat.group is not None:
             seat.group.leave(seat.index)
         merge_4bit.forget_original(layer)
         if not isinstance(layer, PeftLinear):
-            _four_bit().give_base_back(layer)
+            _four_bit().give_base_back(layer, made)
         if isinstance(layer, Fast):
             layer.__class__ = layer.peft_class
         for name in ("forward", "_old_forward"):  # accelerate keeps and restores bound methods
