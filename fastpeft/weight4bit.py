@@ -109,10 +109,15 @@ class Weight4bit:
 
     def tile(self) -> Weight4bit:
         """In tiles for the CPU kernels, where it is on the CPU and they take its shape; else itself."""
-        (n, k), rows = self.shape, self.shape[0] // TILE_ROWS * TILE_ROWS
-        if self.tiled or self.device.type != "cpu" or k % TILE_K or k == 0 or rows == 0:
+        if not self.tileable:
             return self
-        return replace(self, data=_tile(self.data, n, 4), scales=self._with_scales(_tile), tiled=True)
+        return replace(self, data=_tile(self.data, self.shape[0], 4), scales=self._with_scales(_tile), tiled=True)
+
+    @property
+    def tileable(self) -> bool:
+        """Whether `tile` makes tiles of it."""
+        n, k = self.shape
+        return not self.tiled and self.device.type == "cpu" and k % TILE_K == 0 and k > 0 and n >= TILE_ROWS
 
     def untile(self) -> Weight4bit:
         """In bitsandbytes' order."""

@@ -56,16 +56,18 @@ def terms(layer: PeftLinear) -> Terms | str:
     modules = layer._modules
     base: Any = modules["base_layer"]
     kind = type(base)
-    if kind is not nn.Linear and kind is not Conv1D and kind is not Linear4bit:
+    packed = kind.forward is Linear4bit.forward  # the class or its subclass that is bitsandbytes' too
+    if kind is not nn.Linear and kind is not Conv1D and not packed:
         return f"its base layer is a {kind.__name__}"
     if noticed(base):
         return "its base layer has hooks, or a forward of its own"
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if type(weight) is not nn.Parameter or not (bias is None or type(bias) is nn.Parameter):
+    weight: Any = base.plain_weight() if packed else base._parameters.get("weight")
+    bias = base._parameters.get("bias")
+    if type(weight) is not (Weight4bit if packed else nn.Parameter) or not (bias is None or type(bias) is nn.Parameter):
         return "its base weight is not a plain parameter (sharded, quantised or replicated)"
-    if weight.requires_grad:
+    if not packed and weight.requires_grad:
         return "its base weight requires grad"
-    if (weight.dtype not in DTYPES and kind is not Linear4bit) or weight.is_meta:
+    if (not packed and weight.dtype not in DTYPES) or weight.device.type == "meta":
         return f"its base weight is {weight.dtype} on {weight.device}"
     if nn.Linear.forward is not _LINEAR_FORWARD or _has_any_global_hook():
         return "there are hooks on every nn.Module, or another nn.Linear.forward"
@@ -88,9 +90,7 @@ def terms(layer: PeftLinear) -> Terms | str:
         return "no adapter of it is active"
     if dropout_p and len(adapters) > 1:
         return "several adapters with dropout are active in training"
-    if kind is Linear4bit:
-        return Terms(base.weight4bit, False, bias, dropout_p, tuple(adapters), base)
-    return Terms(weight, kind is Conv1D, bias, dropout_p, tuple(adapters))
+    return Terms(weight, kind is Conv1D, bias, dropout_p, tuple(adapters), base if packed else None)
 
 
 def _adapter(down: nn.Module, up: nn.Module, dropout: nn.Module, scaling: object) -> Adapter | str:

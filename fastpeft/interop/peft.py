@@ -66,14 +66,14 @@ class Fast(Base):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT's. A 4-bit base is quantised again and keeps its original: see `merge_4bit`."""
-        if type(self.get_base_layer()) is Linear4bit:
+        if isinstance(self.get_base_layer(), Linear4bit):
             merge_4bit.merge(self, adapter_names)
         else:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge(self) -> None:
         """As PEFT's; a 4-bit base gets its original bits back."""
-        if type(self.get_base_layer()) is Linear4bit:
+        if isinstance(self.get_base_layer(), Linear4bit):
             merge_4bit.unmerge(self)
         else:
             super().unmerge()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from .. import ops
 from ..weight4bit import DTYPES, Weight4bit
+from .linear4bit_weight import Held, Looked, bitsandbytes_installed, each, move, order, parameter, put, tile
 
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # of a checkpoint, beside the weight's bytes
 
@@ -24,19 +26,30 @@ class Linear4bit(nn.Linear):
         bias: [N], any floating dtype, or None. A Parameter stays the same object; a plain tensor becomes a frozen one.
         compute_dtype: what x is cast to for the product, whatever autocast says; None: autocast's dtype, or x's.
 
-    `weight` is a frozen uint8 Parameter: bitsandbytes' bytes, [(N·K + 1) // 2, 1], or the same bytes in tiles for the CPU
-    kernels, [N·K / 2] (in one dimension, so that nobody can take one for the other). The scales are no parameters: `to`,
-    `half` and the like never cast them. A forward changes nothing, in any mode. The `state_dict` has bitsandbytes' keys.
+        quant_storage: dtype of `weight`, which sees its bytes as that (bitsandbytes' trick for FSDP).
 
-    Shapes: x [..., K] -> y [..., N], x's dtype. Before `fully_shard` (FSDP2) call `untile_()`: shards of tiles make no
-    checkpoint.
+    Where bitsandbytes is installed, this is a `bitsandbytes.nn.Linear4bit` too. `weight` is a frozen Parameter of
+    bitsandbytes' bytes, [(N·K + 1) // 2 / itemsize, 1], of class `Params4bit`; while only kernels use it, on the CPU, the same
+    memory holds them in tiles (`linear4bit_weight`). `layer.weight = ...` takes one of bitsandbytes', quantised or not,
+    or other bytes for the same scales. The scales are no parameters: `to`, `half` and the like never cast them. A forward
+    changes nothing, in any mode. The `state_dict` has bitsandbytes' keys.
+
+    Shapes: x [..., K] -> y [..., N], x's dtype.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or dtype.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Linear4bit:
+        return super().__new__(_known() if cls is Linear4bit else cls)
+
     def __init__(
-        self, weight: Weight4bit, bias: torch.Tensor | None = None, *, compute_dtype: torch.dtype | None = None
+        self,
+        weight: Weight4bit,
+        bias: torch.Tensor | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would allocate the dense weight
         if not isinstance(weight, Weight4bit):
@@ -45,13 +58,10 @@ class Linear4bit(nn.Linear):
             raise ValueError(f"Linear4bit: compute_dtype must be None or one of {list(DTYPES)}, got {compute_dtype}")
         self.out_features, self.in_features = weight.shape
         self.compute_dtype = compute_dtype
-        self.quant_storage = torch.uint8  # the dtype of `weight` in a state_dict (bitsandbytes views bytes as others)
-        self._tile = weight.tiled or weight.device.type != "cpu"
         self.merge_error: float | None = None  # of `requantize_`, while an adapter is merged
         self._origin: dict[str, Any] | None = None  # what a bitsandbytes layer was besides its tensors
-        self._cached: Weight4bit | None = None
-        self.form: Weight4bit  # shape, format and scales, without the bytes
-        self._hold(weight)
+        self._held = Held(weight, weight.tiled or weight.device.type != "cpu", quant_storage)
+        self.weight = parameter(self._held)
         self.register_parameter("bias", _bias(bias, weight.shape[0]))
 
     @classmethod
@@ -101,36 +111,82 @@ class Linear4bit(nn.Linear):
 
     @property
     def weight4bit(self) -> Weight4bit:
-        """The weight and its scales: the same object from call to call until one of them changes.
+        """The weight and its scales: the same object from call to call until one of them changes or somebody looks.
 
-        Raises RuntimeError while FSDP2 holds the weight in shards.
+        Raises RuntimeError while FSDP2 holds the weight in shards, or somebody else a part of it.
         """
-        weight, cached = self.weight, self._cached
-        compiling = torch.compiler.is_compiling()  # then built anew: a cache would be a guard
-        if not compiling and cached is not None and type(weight) is nn.Parameter:
-            same = cached.data.data_ptr() == weight.data_ptr() and cached.data.device == weight.device
-            if same:  # the cached view keeps the old memory alive, so equal addresses are equal memory
-                return cached
+        weight, held = self._parameters["weight"], self._held
+        if isinstance(weight, Looked):
+            if torch.compiler.is_compiling():
+                return held.whole
+            if weight._held is held and held.settled:
+                return held.whole
+            self._held = held = weight._held
+            tile(weight)
+            if held.whole is None:
+                raise RuntimeError(f"Linear4bit: weight holds {list(weight.shape)}, a part of its bytes")
+            return held.whole
         if _sharded(weight):
             raise RuntimeError("Linear4bit: FSDP2 holds the weight in shards; it is whole only within forward")
-        form, data = self.form, weight.detach().reshape(-1)
-        if _tiled(weight) != form.tiled:
-            has = "in tiles" if form.tiled else "in bitsandbytes' order"
-            raise RuntimeError(
-                f"Linear4bit: weight was replaced by one in another order than the scales ({has}): "
-                "load_state_dict, tile_ and untile_ change both"
+        if getattr(weight, "quant_state", None) is not None:  # put here past `register_parameter`
+            self.weight = weight
+            return self.weight4bit
+        return held.of(weight)
+
+    def plain_weight(self) -> Weight4bit | None:
+        """`weight4bit` for a kernel that passes this module by; None where somebody shards, replicates or trains `weight`."""
+        weight = self._parameters["weight"]
+        if not isinstance(weight, Looked) and type(weight) is not nn.Parameter:
+            return None
+        if self._held.storage.is_floating_point and weight.requires_grad:
+            return None
+        return self.weight4bit
+
+    @property
+    def form(self) -> Weight4bit:
+        """Shape, format and scales, without the bytes."""
+        return self._held.form
+
+    @property
+    def quant_storage(self) -> torch.dtype:
+        return self._held.storage
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module`'s, and so `layer.weight = param`: see the class. Raises ValueError for a weight that does not fit."""
+        if name == "weight" and param is not None and not _sharded(param):
+            param = self._adopted(param)
+            self._held = param._held
+        super().register_parameter(name, param)
+
+    def _adopted(self, param: nn.Parameter) -> Any:
+        """A Parameter like `weight`, of what was assigned to it."""
+        held, about = self._held, getattr(param, "__dict__", {})
+        shape = n, k = self.out_features, self.in_features
+        if isinstance(param, Looked):
+            if param._held.form.shape != shape:
+                raise ValueError(f"Linear4bit: weight must be [N, K] = [{n}, {k}], got {list(param._held.form.shape)}")
+            return param
+        data, size = param.detach(), (n * k + 1) // 2
+        if (
+            data.shape == shape and data.is_floating_point() and "bnb_quantized" in about
+        ):  # dense, as PEFT's merge has it
+            kind = {"quant_type": param.quant_type, "blocksize": param.blocksize}
+            new = ops.quantize_4bit(data, **kind, double_quant=param.compress_statistics)
+            return parameter(Held(new, held.want, param.quant_storage))
+        if data.numel() * data.itemsize != size:
+            raise ValueError(
+                f"Linear4bit: weight must be {size} bytes (of [N, K] = [{n}, {k}] in 4 bits), or a dense Params4bit of that "
+                f"shape, got a {type(param).__name__} {data.dtype} {list(data.shape)} (`requantize_` takes a dense tensor)"
             )
-        if data.dtype != torch.uint8:
-            data = data.to(torch.uint8)  # cast by someone; a float of 8 bits or more holds 0…255 exactly
-        if form.scales.device != data.device:  # FSDP2 moves parameters alone
-            form = self.form = _map(form, lambda t: t.to(data.device))
-        found = Weight4bit(
-            data, form.scales, form.nested_absmax, form.offset, form.shape, form.dtype, form.quant_type, form.blocksize,
-            form.tiled,
-        )  # fmt: skip
-        if not compiling:
-            self._cached = found
-        return found
+        if about.get("quant_state") is None:
+            new = replace(each(held.in_order(), lambda t: t.to(data.device)), data=data.reshape(-1).view(torch.uint8))
+        else:
+            from .linear4bit_bitsandbytes import weight_of
+
+            new = weight_of(data, param.quant_state)
+            if new.shape != shape:
+                raise ValueError(f"Linear4bit: weight must be [N, K] = [{n}, {k}], got {list(new.shape)}")
+        return parameter(Held(new, held.want, data.dtype), param.requires_grad)
 
     def dequantize(self) -> torch.Tensor:
         """[N, K], of the dtype that was quantised. (PEFT's DoRA finds this method by `W_q`.)"""
@@ -138,19 +194,21 @@ class Linear4bit(nn.Linear):
 
     @property
     def W_q(self) -> torch.Tensor:
-        """PEFT's mark of a layer that has `dequantize`: its DoRA would take `weight` for the dense one."""
+        """PEFT's mark of a layer that has `dequantize`, which does not look at `weight`."""
         return self.weight
 
     def tile_(self) -> Linear4bit:
         """In tiles wherever that helps (on the CPU), from now on. `weight` stays the same Parameter."""
-        self._tile = True
-        self._hold(self.weight4bit.tile())
-        return self
+        return self._want(True)
 
     def untile_(self) -> Linear4bit:
-        """In bitsandbytes' order everywhere, from now on (for FSDP2). `weight` stays the same Parameter."""
-        self._tile = False
-        self._hold(self.weight4bit.untile())
+        """In bitsandbytes' order always, from now on. `weight` stays the same Parameter."""
+        return self._want(False)
+
+    def _want(self, want: bool) -> Linear4bit:
+        whole, held = self.weight4bit, self._held
+        held.want = want
+        self._put(whole.tile() if want else whole.untile())
         return self
 
     def set_weight(self, weight: Weight4bit) -> None:
@@ -158,7 +216,7 @@ class Linear4bit(nn.Linear):
         if weight.shape != (self.out_features, self.in_features):
             expected = [self.out_features, self.in_features]
             raise ValueError(f"Linear4bit: weight must be [N, K] = {expected}, got {list(weight.shape)}")
-        self._hold(self._laid_out(weight.to(self.weight.device)))
+        self._put(weight.to(self.weight.device))
 
     @torch.no_grad()
     def requantize_(self, dense: torch.Tensor) -> None:
@@ -176,17 +234,14 @@ class Linear4bit(nn.Linear):
         off = self.weight4bit.dequantize(torch.float32) - dense
         self.merge_error = (off.norm() / dense.float().norm().clamp(min=1e-30)).item()
 
-    def _laid_out(self, weight: Weight4bit) -> Weight4bit:
-        return weight.tile() if self._tile and weight.device.type == "cpu" else weight.untile()
-
-    def _hold(self, weight: Weight4bit) -> None:
-        data = weight.data if weight.tiled else weight.data.view(-1, 1)
-        if self._parameters.get("weight") is None:
-            self.weight = nn.Parameter(data, requires_grad=False)
+    def _put(self, whole: Weight4bit) -> None:
+        weight, held = self._parameters["weight"], self._held
+        if whole.tiled and not held.want:
+            whole = whole.untile()
+        if isinstance(weight, Looked):
+            put(weight, whole)
         else:
-            self.weight.data = data
-        self.form = replace(weight, data=data.new_empty(0))  # without the bytes: fully_shard must be able to free them
-        self._cached = None
+            self.weight = parameter(Held(whole, held.want, held.storage))
 
     # ---- the call ---------------------------------------------------------------------------------------------------
 
@@ -219,39 +274,36 @@ class Linear4bit(nn.Linear):
     # ---- moved, copied, saved, loaded -------------------------------------------------------------------------------
 
     def _apply(self, fn, recurse: bool = True):
-        def move(t: torch.Tensor) -> torch.Tensor:  # a cast is for floating parameters: bytes stay bytes
-            moved = fn(t)
-            return moved if t.dtype != torch.uint8 or moved.dtype == torch.uint8 else t.to(moved.device)
+        def moved(t: torch.Tensor) -> torch.Tensor:  # a cast is for floating parameters: bytes stay bytes
+            new = fn(t)
+            return new if t.dtype != torch.uint8 or new.dtype == torch.uint8 else t.to(new.device)
 
-        super()._apply(move, recurse)
-        self.form = _map(self.form, lambda t: move(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape))
-        self._cached = None
-        if not _sharded(self.weight) and self._tile:
-            self._hold(self._laid_out(self.weight4bit))
+        weight, held = self._parameters["weight"], self._held
+        if not isinstance(weight, Looked) or held.whole is None:  # sharded, or another's
+            super()._apply(moved, recurse)
+            held.form = each(held.form, lambda t: moved(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape))
+            return self
+        self._parameters["weight"] = None
+        try:
+            super()._apply(moved, recurse)
+        finally:
+            self._parameters["weight"] = weight
+        self.weight = move(weight, moved)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cached": None}
+    def __reduce_ex__(self, protocol):
+        if type(self) is _known():  # where it is read, bitsandbytes may be installed or not
+            return _blank, (), self.__getstate__()
+        return super().__reduce_ex__(protocol)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        weight, key = self.weight, prefix + "weight"
-        if _sharded(weight):
-            if _tiled(weight):
-                raise RuntimeError(
-                    f"Linear4bit: {key} was sharded by FSDP2 in tiles, which no checkpoint knows: "
-                    "call untile_() on the layer (or fp.quantize(..., tile=False)) before fully_shard"
-                )
-            state = self.form.state_dict(key) | {key: weight if keep_vars else weight.detach()}
-        else:
-            state = self.weight4bit.state_dict(key)
-            if self.quant_storage != torch.uint8:
-                state[key] = state[key].view(-1).view(self.quant_storage).view(-1, 1)
-            elif keep_vars and not _tiled(weight):
-                state[key] = weight
-        destination[key] = state.pop(key)
+        weight, key = self._parameters["weight"], prefix + "weight"
+        if isinstance(weight, Looked):
+            order(weight)
+        destination[key] = weight if keep_vars else weight.detach()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-        destination.update(state)
+        destination.update((k, v) for k, v in self._held.in_order().state_dict(key).items() if k != key)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -306,19 +358,29 @@ class Linear4bit(nn.Linear):
 
     @torch.no_grad()
     def _take(self, weight: Weight4bit | None, bias: torch.Tensor | None, assign: bool) -> None:
+        held = self._held
         if weight is not None and assign:
-            self._parameters["weight"] = None
-            self._hold(self._laid_out(weight))
+            self.weight = parameter(Held(weight, held.want, held.storage))
         elif weight is not None:
-            weight = self._laid_out(_map(weight.to(self.weight.device), torch.clone))
-            if _tiled(self.weight) == weight.tiled:
-                self.weight.copy_(weight.data.view(self.weight.shape))
-                weight = replace(weight, data=self.weight.detach().view(-1))
-            self._hold(weight)
+            self._put(each(weight.to(self.weight.device), torch.clone))
         if bias is not None and assign:
             self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, self.bias.requires_grad)
         elif bias is not None:
             self.bias.copy_(bias)
+
+
+@functools.cache
+def _known() -> type[Linear4bit]:
+    """The class of a new layer: one that is bitsandbytes' too, under the name by which others ask, where that is installed."""
+    if not bitsandbytes_installed():
+        return Linear4bit
+    from .linear4bit_bitsandbytes import Known
+
+    return type("Linear4bit", (Linear4bit, Known), {"__module__": __name__, "__doc__": Linear4bit.__doc__})
+
+
+def _blank() -> Linear4bit:
+    return Linear4bit.__new__(Linear4bit)
 
 
 _AS_IT_IS = contextlib.nullcontext()
@@ -342,16 +404,6 @@ def _bias(bias: torch.Tensor | None, n: int) -> nn.Parameter | None:
     return bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
 
 
-def _tiled(weight: torch.Tensor) -> bool:
-    return weight.dim() == 1
-
-
 def _sharded(t: Any) -> bool:
     """A DTensor"""
     return hasattr(t, "full_tensor")
-
-
-def _map(form: Weight4bit, move) -> Weight4bit:
-    """Its scales moved (and its bytes, where it holds any)."""
-    tensors = [None if t is None else move(t) for t in form.tensors()]
-    return replace(form, data=tensors[0], scales=tensors[1], nested_absmax=tensors[2], offset=tensors[3])
