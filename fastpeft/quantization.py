@@ -126,7 +126,7 @@ def _find(
         reason = _reason(module, parent)
         if len(owners.get(id(weight), ())) > 1:
             reason = "its weight is shared with another module (tied to an embedding?)"
-        if wide.intersection(name.split(".")):
+        if any(_matches(pattern, name) or name.endswith(pattern) for pattern in wide):
             reason = "transformers keeps it in float32 (_keep_in_fp32_modules)"
         size = 0 if weight is None else weight.numel()
         if id(module) in kept:

@@ -34,13 +34,13 @@ def is_conv1d(module: nn.Module) -> bool:
 def kept_dense(model: Any, adapters: set[int]) -> set[int]:
     """The ids of modules that stay dense: output embeddings, what is tied, the last module, and the head of a task.
 
-    transformers' quantiser keeps the first three as `get_keys_to_not_convert` finds them, but misses a last module that has a
-    bias, and every head of more than one layer: PEFT then cannot train them.
+    transformers' quantiser keeps the first three (`get_keys_to_not_convert`) but misses a last module that has a bias, and
+    most of a head of several layers: PEFT then cannot train them.
     """
     modules = dict(model.named_modules())
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    kept = [modules.get(key.rpartition(".")[0]) for key in [*tied, *tied.values()]]
-    kept += [m for m in modules.values() if m._parameters and id(m) not in adapters][-1:]
+    keys = [key for tie in (getattr(model, "all_tied_weights_keys", None) or {}).items() for key in tie]
+    kept = [modules.get(key.rpartition(".")[0]) for key in keys]
+    kept += _last(model, modules, adapters)
     for module in modules.values():
         if _is_pretrained(module):
             output = module.get_output_embeddings()
@@ -48,15 +48,30 @@ def kept_dense(model: Any, adapters: set[int]) -> set[int]:
     return {id(module) for module in kept}
 
 
+def _last(model: Any, modules: dict[str, nn.Module], adapters: set[int]) -> Iterator[nn.Module]:
+    """The owner of the last parameter, unless it is the end of a block and has a bias (transformers quantises that)."""
+    owned = [(modules[place], name) for place, _, name in (key.rpartition(".") for key, _ in model.named_parameters())]
+    for module, name in [pair for pair in owned if id(pair[0]) not in adapters][-1:]:
+        if name == "weight" or id(module) not in _parts(_blocks(model)):
+            yield module
+
+
 def _head(model: Any) -> Iterator[nn.Module]:
     """What stands beside the base model, but for blocks and whole models (the decoder of a masked autoencoder)."""
-    base, layers = model.base_model, sys.modules.get("transformers.modeling_layers")
-    if base is model or not isinstance(base, nn.Module):
-        return
-    block = layers.GradientCheckpointingLayer if layers else ()
-    body = [m for m in model.modules() if isinstance(m, block) or (_is_pretrained(m) and m is not model)]
-    inside = {id(part) for module in (base, *body) for part in module.modules()}
-    yield from (module for module in model.modules() if id(module) not in inside)
+    base = model.base_model
+    if base is not model and isinstance(base, nn.Module):
+        models = [m for m in model.modules() if _is_pretrained(m) and m is not model]
+        body = _parts([base, *models, *_blocks(model)])
+        yield from (module for module in model.modules() if id(module) not in body)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    layers = sys.modules.get("transformers.modeling_layers")
+    return [m for m in model.modules() if layers is not None and isinstance(m, layers.GradientCheckpointingLayer)]
+
+
+def _parts(modules: list[nn.Module]) -> set[int]:
+    return {id(part) for module in modules for part in module.modules()}
 
 
 def mark(model: Any, quant_type: str, double_quant: bool, adapters: set[int]) -> None:
