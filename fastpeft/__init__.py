@@ -4,7 +4,7 @@
     report = fp.apply(peft_model)     # Hugging Face PEFT layers, in place, onto fused kernels
     print(report)                     # one line a layer: the path it takes, or why it was left alone
     fp.revert(peft_model)             # back to PEFT's own classes
-    fp.quantize(model, "nf4")         # every nn.Linear in 4 bits, with bitsandbytes' checkpoints both ways
+    fp.quantize(model, "nf4")         # linear layers in 4 bits, with bitsandbytes' checkpoints both ways
 
 Functions are in `fastpeft.ops`, modules in `fastpeft.nn`; `fastpeft doctor` prints what this machine can run.
 """
@@ -67,19 +67,27 @@ def quantize(
     skip: Iterable[str] = ("lm_head",),
     tile: bool = True,
 ) -> torch.nn.Module:
-    """Replace every dense `nn.Linear` by a frozen `fastpeft.nn.Linear4bit`, in place, one at a time (QLoRA's base model).
+    """Put every linear layer into 4 bits, a frozen `fastpeft.nn.Linear4bit`, in place, one at a time (QLoRA's base model).
 
     Args:
-        model: any module. PEFT's adapters and `modules_to_save` in it stay dense. Weights float32, bfloat16 or float16, finite.
+        model: any module. Layers of exactly `nn.Linear`, and transformers' `Conv1D` (GPT-2). Weights float32, bfloat16 or
+            float16, finite.
         quant_type, blocksize, double_quant: as for `fastpeft.ops.quantize_4bit`.
-        skip: names of modules; a layer with one of them in its dotted name stays dense.
+        skip: names or patterns (of `fnmatch`: `*`, `?`, `[…]`, and `*` takes dots too). A layer stays dense where one of
+            them is one or more whole components, side by side, of its dotted name: "mlp", "mlp.up_proj", "layers.0" and
+            "*.mlp.*" match "model.layers.0.mlp.up_proj", and "up" does not.
         tile: lay the bytes out for the CPU kernels; False before FSDP2's `fully_shard`.
 
     Returns:
-        the model; the new layer where the model is itself an nn.Linear.
+        the model; the new layer where the model is itself a linear layer.
 
-    Subclasses of nn.Linear, weights shared with another module (a head tied to its embedding) and layers with hooks or
-    parametrisations stay dense: a UserWarning lists them.
+    A model of transformers also keeps dense what its own quantiser keeps (output embeddings, tied weights, the last module)
+    and the whole head of its task, and is then what its loader makes with a `BitsAndBytesConfig`: `save_pretrained` writes
+    that, and where bitsandbytes is installed `hf_quantizer`, `is_loaded_in_4bit` and the like are set. PEFT's adapters and
+    `modules_to_save` stay dense in any model.
+
+    Subclasses of nn.Linear, weights shared with another module and layers with hooks or parametrisations stay dense: a
+    UserWarning lists them. Where less than half of the linear weights ends up in 4 bits, it says how much, and why.
 
     Raises:
         TypeError, ValueError: a wrong argument; no layer to quantise; a weight with NaN or Inf, of another dtype or on the

@@ -1,19 +1,31 @@
-"""quantize: every dense `nn.Linear` of a model becomes a frozen `nn.Linear4bit`, one layer at a time."""
+"""quantize: every dense linear layer of a model becomes a frozen `nn.Linear4bit`, one layer at a time."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from .interop import transformers
 from .nn import Linear4bit
 from .weight4bit import BLOCKSIZES, DTYPES, QUANT_TYPES
 
 Place = tuple[nn.Module | None, str]  # a parent and the name there; no parent: the model itself
+SMALL = 0.5  # a share of the linear weights below which a warning names all that is left
+
+
+class Left(NamedTuple):
+    """What stays dense; `quiet`: the user's `skip` or the model's own kind asks for it."""
+
+    name: str
+    reason: str
+    size: int
+    quiet: bool
 
 
 def quantize(
@@ -21,7 +33,8 @@ def quantize(
 ) -> nn.Module:
     """See `fastpeft.quantize`."""
     skip = _check(model, quant_type, blocksize, skip)
-    layers, left = _find(model, skip)
+    adapters = set(_adapter_parts(model))
+    layers, left = _find(model, skip, adapters)
     if not layers:
         raise ValueError(_nothing(model, skip, left))
     for name, places in layers:
@@ -29,7 +42,9 @@ def quantize(
     while layers:
         name, places = layers.pop(0)
         old = _get(model, places[0])
-        new = Linear4bit.from_linear(old, quant_type, blocksize=blocksize, double_quant=double_quant, tile=tile)
+        new = Linear4bit.from_linear(
+            _linear(old), quant_type, blocksize=blocksize, double_quant=double_quant, tile=tile
+        )
         new.requires_grad_(False)
         for parent, attribute in places:
             if parent is None:
@@ -37,12 +52,34 @@ def quantize(
             else:
                 parent._modules[attribute] = new
         del old, new  # the dense weight goes before the next layer comes
-    if left:
-        rows = "\n".join(f"  {name}: {reason}" for name, reason in left)
-        warnings.warn(
-            f"fastpeft.quantize left {len(left)} dense layers as they are:\n{rows}", UserWarning, stacklevel=3
-        )
+    for its in transformers.pretrained(model):
+        transformers.mark(its, quant_type, double_quant, adapters)
+    _say(model, left)
     return model
+
+
+def _linear(layer: Any) -> nn.Linear:
+    """Conv1D as an nn.Linear on the same memory."""
+    if not transformers.is_conv1d(layer):
+        return layer
+    k, n = layer.weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(layer.weight.detach().t(), requires_grad=False)
+    linear.bias = layer.bias
+    return linear.train(layer.training)
+
+
+def _say(model: nn.Module, left: list[Left]) -> None:
+    """Warn of what stays dense though nobody asked for it; of all that does, where little is in 4 bits."""
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit))
+    share = packed / (packed + sum(one.size for one in left))
+    rows = [one for one in left if not one.quiet or (one.size and share < SMALL)]
+    if rows:
+        only = f": only {100 * share:.2g} % of the linear weights are in 4 bits" if share < SMALL else ""
+        reasons = "\n".join(f"  {one.name}: {one.reason}" for one in rows)
+        warnings.warn(
+            f"fastpeft.quantize left {len(rows)} dense layers as they are{only}\n{reasons}", UserWarning, stacklevel=4
+        )
 
 
 def _check(model, quant_type, blocksize, skip) -> tuple[str, ...]:
@@ -60,40 +97,69 @@ def _check(model, quant_type, blocksize, skip) -> tuple[str, ...]:
     return names
 
 
-def _find(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[tuple[str, list[Place]]], list[tuple[str, str]]]:
-    """The layers to replace, each with all its places, and those left dense for another reason than `skip`."""
+def _find(
+    model: nn.Module, skip: tuple[str, ...], adapters: set[int]
+) -> tuple[list[tuple[str, list[Place]]], list[Left]]:
+    """The layers to replace, each with all its places, and what stays dense, with its reason."""
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for p in module._parameters.values():
             if p is not None:
                 owners.setdefault(id(p), set()).add(id(module))
-    adapters, wide = set(_adapter_parts(model)), _kept_wide(model)
+    wide = _kept_wide(model)
+    kept = {one for its in transformers.pretrained(model) for one in transformers.kept_dense(its, adapters)}
     found: dict[int, tuple[str, list[Place]]] = {}
-    why: dict[int, tuple[str, str | None]] = {}
+    why: dict[int, Left] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear) or id(module) in adapters or isinstance(module, Linear4bit):
+        if id(module) in adapters or isinstance(module, Linear4bit):
+            continue
+        if not isinstance(module, nn.Linear) and not transformers.is_conv1d(module):
+            why.update(
+                (id(p), Left(f"{name}.{key}".lstrip("."), _EXPERTS, p.numel(), True)) for key, p in _experts(module)
+            )
             continue
         parent_name, _, attribute = name.rpartition(".")
         parent = model.get_submodule(parent_name) if name else None
         found.setdefault(id(module), (name, []))[1].append((parent, attribute))
-        reason, parts = _reason(module, parent), set(name.split("."))
-        if len(owners.get(id(module._parameters.get("weight")), ())) > 1:
+        asked = next((pattern for pattern in skip if _matches(pattern, name)), None)
+        weight: Any = module._parameters.get("weight")
+        reason = _reason(module, parent)
+        if len(owners.get(id(weight), ())) > 1:
             reason = "its weight is shared with another module (tied to an embedding?)"
-        if wide & parts:
+        if any(_matches(pattern, name) or name.endswith(pattern) for pattern in wide):
             reason = "transformers keeps it in float32 (_keep_in_fp32_modules)"
-        if parts.intersection(skip):
-            why[id(module)] = name, None
+        size = 0 if weight is None else weight.numel()
+        if id(module) in kept:
+            why[id(module)] = Left(name, "an output embedding or the head of a task", 0, True)
+        elif asked is not None:
+            why[id(module)] = Left(name, f"skip has {asked!r}", size, True)
         elif reason is not None:
-            why.setdefault(id(module), (name, reason))
-    left = [(name, reason) for name, reason in why.values() if reason is not None]
-    return [places for key, places in found.items() if key not in why], left
+            why.setdefault(id(module), Left(name, reason, size, False))
+    return [places for key, places in found.items() if key not in why], list(why.values())
 
 
-def _reason(module: nn.Linear, parent: nn.Module | None) -> str | None:
+def _matches(pattern: str, name: str) -> bool:
+    """Whether one or more whole components of a dotted name, side by side, match."""
+    parts = name.split(".")
+    ends = range(1, len(parts) + 1)
+    return any(fnmatchcase(".".join(parts[start:end]), pattern) for end in ends for start in range(end))
+
+
+_EXPERTS = "a parameter of three dimensions, no linear layer (the experts of a mixture?)"
+
+
+def _experts(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, p in module._parameters.items():
+        convolves = isinstance(module, nn.modules.conv._ConvNd)
+        if p is not None and p.dim() == 3 and len(p) > 1 and not convolves:
+            yield name, p
+
+
+def _reason(module: Any, parent: nn.Module | None) -> str | None:
     """Why a dense layer must stay so."""
     if hasattr(module, "parametrizations"):
         return "it has parametrisations"
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not transformers.is_conv1d(module):
         return f"it is a {type(module).__name__}, not exactly an nn.Linear"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks) or "forward" in module.__dict__:
@@ -143,11 +209,11 @@ def _get(model: nn.Module, place: Place) -> Any:
     return model if parent is None else parent._modules[attribute]
 
 
-def _nothing(model: nn.Module, skip: tuple[str, ...], left: list[tuple[str, str]]) -> str:
+def _nothing(model: nn.Module, skip: tuple[str, ...], left: list[Left]) -> str:
     done = sum(isinstance(module, Linear4bit) for module in model.modules())
-    rows = "".join(f"\n  {name or 'the model'}: left, {reason}" for name, reason in left)
+    rows = "".join(f"\n  {one.name or 'the model'}: left, {one.reason}" for one in left)
     return (
         f"fastpeft.quantize: nothing to quantize in this {type(model).__name__}. Looked for modules of exactly "
-        f"torch.nn.Linear without {', '.join(map(repr, skip)) or 'anything'} in their dotted name; "
-        f"{done} layers are in 4 bits already{rows}"
+        f"torch.nn.Linear (or transformers' Conv1D) without {', '.join(map(repr, skip)) or 'anything'} in their dotted "
+        f"name; {done} layers are in 4 bits already{rows}"
     )
