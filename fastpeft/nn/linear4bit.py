@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from .. import ops
 from ..weight4bit import DTYPES, Weight4bit
-from .linear4bit_weight import Held, Looked, bitsandbytes_installed, each, move, order, parameter, put, tile
+from .linear4bit_weight import Held, Looked, each, move, order, parameter, put, tile
 
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # of a checkpoint, beside the weight's bytes
 
@@ -158,7 +159,7 @@ class Linear4bit(nn.Linear):
             self._held = param._held
         super().register_parameter(name, param)
 
-    def _adopted(self, param: nn.Parameter) -> Any:
+    def _adopted(self, param: Any) -> Any:
         """A Parameter like `weight`, of what was assigned to it."""
         held, about = self._held, getattr(param, "__dict__", {})
         shape = n, k = self.out_features, self.in_features
@@ -372,10 +373,12 @@ class Linear4bit(nn.Linear):
 @functools.cache
 def _known() -> type[Linear4bit]:
     """The class of a new layer: one that is bitsandbytes' too, under the name by which others ask, where that is installed."""
-    if not bitsandbytes_installed():
+    if importlib.util.find_spec("bitsandbytes") is None:
         return Linear4bit
-    from .linear4bit_bitsandbytes import Known
-
+    try:
+        from .linear4bit_bitsandbytes import Known
+    except ImportError:  # one that does not work here
+        return Linear4bit
     return type("Linear4bit", (Linear4bit, Known), {"__module__": __name__, "__doc__": Linear4bit.__doc__})
 
 

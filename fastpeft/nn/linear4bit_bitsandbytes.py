@@ -16,7 +16,7 @@ from torch import nn
 
 from ..reference import linear4bit as reference
 from ..weight4bit import DTYPES, Weight4bit
-from .linear4bit_weight import Held, Looked, order
+from .linear4bit_weight import Held, Looked, order, set_kind
 
 _CLASSES = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
 _PACKED_ROWS = 32  # bitsandbytes' eval path on a CPU holds this many rows side by side
@@ -87,6 +87,7 @@ for _name, _path in {
     "nested_quant_map": ("state2", "code"), "nested_dtype": ("state2", "dtype"), "nested_offset": ("offset",),
 }.items():  # fmt: skip
     setattr(Params4bit, _name, _of_state(*_path))
+set_kind(Params4bit)
 
 
 class Known(bnb.nn.Linear4bit):
@@ -136,7 +137,7 @@ def why_not(layer: Any) -> str | None:
     return "on the meta device" if layer.weight.is_meta else None
 
 
-def read(cls, layer: nn.Module, tile: bool):
+def read(cls, layer: Any, tile: bool):
     """See `Linear4bit.from_bitsandbytes`."""
     why = why_not(layer)
     if why is not None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -94,6 +92,7 @@ class Looked:
 
     __slots__ = ()
     _held: Held
+    requires_grad: bool
 
     @staticmethod
     def about(held: Held) -> dict[str, Any]:
@@ -129,19 +128,20 @@ class Params4bit(Looked, nn.Parameter):
     __slots__ = ("_held",)
 
 
-@functools.cache
-def bitsandbytes_installed() -> bool:
-    return importlib.util.find_spec("bitsandbytes") is not None
+_kind: type = Params4bit
+
+
+def set_kind(kind: type) -> None:
+    """What class new Parameters are of: `linear4bit_bitsandbytes` says so, when it is imported."""
+    global _kind
+    _kind = kind
 
 
 def parameter(held: Held, requires_grad: bool = False) -> Any:
     """A new Parameter of it."""
-    kind: type = Params4bit
-    if bitsandbytes_installed():
-        from .linear4bit_bitsandbytes import Params4bit as kind  # type: ignore[assignment]
-    made = torch.Tensor._make_subclass(kind, held.seen(), requires_grad)  # type: ignore[arg-type]
-    made._held = held  # type: ignore[attr-defined]
-    made.__dict__.update(kind.about(held))  # type: ignore[attr-defined]
+    made: Any = torch.Tensor._make_subclass(_kind, held.seen(), requires_grad)
+    made._held = held
+    made.__dict__.update(made.about(held))
     return made
 
 
@@ -165,8 +165,8 @@ def tile(weight: Any) -> None:
 
 def put(weight: Any, whole: Weight4bit) -> None:
     """Its bytes and scales from now on."""
-    weight._held.keep(whole)
-    with torch._C.DisableTorchFunctionSubclass():
+    with _LOCK, torch._C.DisableTorchFunctionSubclass():
+        weight._held.keep(whole)
         weight.data = weight._held.seen()
 
 
