@@ -751,6 +751,19 @@ def _rank() -> dict:
         return fully_shard(made, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
 
     training, states, whole = {}, [], model(False)
+    # As accelerate leaves a Params4bit of uint8 alone, beside what is sharded
+    ignoring = model(True)
+    fully_shard(ignoring, ignored_params={ignoring[i].base.weight for i in (0, 2)})
+    training["ignored"] = train(ignoring, torch.float32), train(model(True), torch.float32)
+    # bitsandbytes' way to shard: bytes seen as floats
+    stored = model(True)
+    for i in (0, 2):
+        bits = stored[i].base.weight4bit.untile()
+        stored[i].base = Linear4bit(bits, stored[i].base.bias, quant_storage=torch.bfloat16)
+    training["stored as bfloat16"] = train(shard(stored), torch.float32), train(whole, torch.float32)
+    for i in (0, 2):
+        sharded, expected = stored.state_dict()[f"{i}.base.weight"].full_tensor(), whole[i].base.weight.detach()
+        states.append((sharded.flatten().view(torch.uint8), expected.flatten()))
     for name, tile, dtype in (("native", False, None), ("tiled", True, None), ("bfloat16", False, torch.bfloat16)):
         plain = model(False)  # as shards are
         if dtype is not None:

@@ -168,9 +168,7 @@ class Linear4bit(nn.Linear):
                 raise ValueError(f"Linear4bit: weight must be [N, K] = [{n}, {k}], got {list(param._held.form.shape)}")
             return param
         data, size = param.detach(), (n * k + 1) // 2
-        if (
-            data.shape == shape and data.is_floating_point() and "bnb_quantized" in about
-        ):  # dense, as PEFT's merge has it
+        if data.shape == shape and data.is_floating_point() and "bnb_quantized" in about:  # a dense Params4bit
             kind = {"quant_type": param.quant_type, "blocksize": param.blocksize}
             new = ops.quantize_4bit(data, **kind, double_quant=param.compress_statistics)
             return parameter(Held(new, held.want, param.quant_storage))
