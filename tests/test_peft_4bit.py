@@ -90,7 +90,7 @@ def qlora(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    assert type(layers(model)["q_proj"]) is (PeftLinear if source == "quantize" else PeftLinear4bit)
+    assert type(layers(model)["q_proj"]) is PeftLinear4bit
     return model.train()
 
 
