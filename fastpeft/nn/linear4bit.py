@@ -80,7 +80,7 @@ class Linear4bit(nn.Linear):
     ) -> Linear4bit:
         """Quantised from a dense layer, which keeps its weight; the bias Parameter is shared.
 
-        tile=False keeps bitsandbytes' order of the bytes on the CPU too (FSDP2). Raises as `fp.ops.quantize_4bit`.
+        tile=False keeps bitsandbytes' order of the bytes on the CPU too. Raises as `fp.ops.quantize_4bit`.
         """
         if not isinstance(linear, nn.Linear) or isinstance(linear, Linear4bit):
             raise TypeError(f"Linear4bit: linear must be a dense torch.nn.Linear, got {type(linear).__name__}")
