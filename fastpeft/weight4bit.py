@@ -28,7 +28,7 @@ _MAX_JSON = 1 << 16
 _OWN_PAGES = 1 << 18 if hasattr(mmap, "MAP_ANONYMOUS") else 1 << 63  # bytes; Windows has none
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Weight4bit:
     """A frozen [N, K] weight in 4 bits (QLoRA: Dettmers et al. 2023, section 3). Never changed in place.
 

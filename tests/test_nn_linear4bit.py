@@ -292,6 +292,26 @@ def test_compile(tile):
     assert torch.equal(compiled(x), layer(x))  # a graph holds no bytes
 
 
+@pytest.mark.parametrize("before", ["a forward", "a look"])
+def test_compile_finds_tiles(before):
+    """A graph is traced with tiles, runs on them, and a look between two calls gives it one more graph, not one a look."""
+    layer, x = made(64, 128), torch.randn(3, 128)
+    y = layer(x)
+    if before == "a look":
+        layer.state_dict()
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(layer, fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph.forward)
+    for _ in range(2):
+        assert torch.equal(compiled(x), y) and layer._held.form.tiled and len(graphs) == 1
+    untiled = copy.deepcopy(layer).untile_()(x)
+    for _ in range(3):
+        layer.state_dict()
+        assert torch.equal(compiled(x), untiled) and len(graphs) == 2
+        layer(x)
+        assert torch.equal(compiled(x), y) and layer._held.form.tiled and len(graphs) == 2
+
+
 # ---- what bitsandbytes' layer gets wrong on a CPU ---------------------------------------------------------------
 
 

@@ -167,6 +167,21 @@ def test_merge_and_unload_and_several_adapters(apply):
     outputs(*bare)
 
 
+def test_a_base_of_ours_stays_ours():
+    """`apply` gives back the layer that it found, by `revert` and by `unload`."""
+    _, _, ours = models("lora", apply=False)
+    assert all(row.path == "peft" for row in fastpeft.interop.report.Report(ours).layers)
+    before, states = bases(ours), [copy.deepcopy(base.state_dict()) for base in bases(ours)]
+    report = fastpeft.apply(ours)
+    assert all(row.path == "fast" for row in report.layers) and bases(ours) == before
+    bare = copy.deepcopy(ours).unload()
+    assert all(isinstance(layer, Linear4bit) for layer in bare)
+    fastpeft.revert(ours)
+    assert bases(ours) == before and type(tuned(ours)[0]) is peft.tuners.lora.bnb.Linear4bit
+    for base, state in zip(before, states, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(base.state_dict().values(), state.values(), strict=True))
+
+
 # ---- shared bases ------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,7 @@ class Linear4bit(nn.Linear):
         self.compute_dtype = compute_dtype
         self.merge_error: float | None = None  # of `requantize_`, while an adapter is merged
         self._origin: dict[str, Any] | None = None  # what a bitsandbytes layer was besides its tensors
+        self._lent: Callable[[], Weight4bit | None] = _nothing
         self._held = Held(weight, weight.tiled or weight.device.type != "cpu", quant_storage)
         self.weight = parameter(self._held)
         self.register_parameter("bias", _bias(bias, weight.shape[0]))
@@ -78,7 +80,7 @@ class Linear4bit(nn.Linear):
     ) -> Linear4bit:
         """Quantised from a dense layer, which keeps its weight; the bias Parameter is shared.
 
-        tile=False keeps bitsandbytes' order of the bytes on the CPU too (FSDP2). Raises as `fp.ops.quantize_4bit`.
+        tile=False keeps bitsandbytes' order of the bytes on the CPU too. Raises as `fp.ops.quantize_4bit`.
         """
         if not isinstance(linear, nn.Linear) or isinstance(linear, Linear4bit):
             raise TypeError(f"Linear4bit: linear must be a dense torch.nn.Linear, got {type(linear).__name__}")
@@ -129,10 +131,22 @@ class Linear4bit(nn.Linear):
             return held.whole
         if _sharded(weight):
             raise RuntimeError("Linear4bit: FSDP2 holds the weight in shards; it is whole only within forward")
-        if getattr(weight, "quant_state", None) is not None:  # put here past `register_parameter`
+        if torch.compiler.is_compiling():
+            return held.of(weight)
+        return self._lent_by(weight)
+
+    def _lent_by(self, weight: Any) -> Weight4bit:
+        """For a tensor that was put in the place of `weight` past `register_parameter` (FSDP2 within forward, accelerate)."""
+        if getattr(weight, "quant_state", None) is not None:
             self.weight = weight
             return self.weight4bit
-        return held.of(weight)
+        found = self._lent()
+        if found is not None and (found.device, found.data.data_ptr()) == (weight.device, weight.data_ptr()):
+            return found
+        found = self._held.of(weight)
+        self._held.release(found)
+        self._lent = weakref.ref(found)  # weak: whoever lends it wants its memory back
+        return found
 
     def plain_weight(self) -> Weight4bit | None:
         """`weight4bit` for a kernel that passes this module by; None where somebody shards, replicates or trains `weight`."""
@@ -290,6 +304,9 @@ class Linear4bit(nn.Linear):
         self.weight = move(weight, moved)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lent": _nothing}
+
     def __reduce_ex__(self, protocol):
         if type(self) is _known():  # where it is read, bitsandbytes may be installed or not
             return _blank, (), self.__getstate__()
@@ -366,6 +383,10 @@ class Linear4bit(nn.Linear):
             self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, self.bias.requires_grad)
         elif bias is not None:
             self.bias.copy_(bias)
+
+
+def _nothing() -> None:
+    """A dead reference."""
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._guards import TracingContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..weight4bit import Weight4bit
@@ -26,12 +28,13 @@ _LOCK = threading.RLock()  # two threads may run one layer: nobody tiles while a
 # fmt: off
 _ABOUT = (
     "shape", "ndim", "dtype", "itemsize", "nbytes", "layout", "device", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta",
-    "is_sparse", "is_quantized", "is_nested", "requires_grad", "is_leaf", "grad", "grad_fn", "_grad_fn", "output_nr",
-    "retains_grad", "names", "_version", "_backward_hooks",
+    "is_sparse", "is_mkldnn", "is_quantized", "is_nested", "requires_grad", "is_leaf", "grad", "grad_fn", "_grad_fn",
+    "output_nr", "retains_grad", "names", "_version", "_backward_hooks",
 )
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "is_contiguous", "storage_offset",
-    "get_device", "is_floating_point", "is_complex", "is_signed", "is_inference", "requires_grad_", "__hash__", "__len__",
+    "get_device", "is_floating_point", "is_complex", "is_signed", "is_inference", "is_conj", "is_neg", "_is_view",
+    "requires_grad_", "__hash__", "__len__",
     "register_hook", "register_post_accumulate_grad_hook",
 )
 _SETTERS = ("requires_grad", "grad", "_backward_hooks")
@@ -48,11 +51,13 @@ class Held:
     """A weight as its Parameter and every layer that has this Parameter know it."""
 
     whole: Weight4bit | None  # None: the Parameter's memory is not the whole weight (somebody partitions it)
-    form: Weight4bit  # the same without its bytes, so that FSDP2 can free those
+    form: Weight4bit  # the same without its bytes
+    owner: weakref.ref  # the Parameter
 
     def __init__(self, whole: Weight4bit, want: bool, storage: torch.dtype) -> None:
         self.want = want  # tiles, where they help
         self.storage = storage  # dtype of the Parameter: bitsandbytes views bytes as others
+        self.traced = False  # whether the compiler has seen it
         self.keep(whole)
 
     def keep(self, whole: Weight4bit) -> None:
@@ -72,19 +77,25 @@ class Held:
         return self.whole.untile() if self.form.tiled and self.whole is not None else self.form
 
     def of(self, weight: torch.Tensor) -> Weight4bit:
-        """With the bytes of another Parameter, in bitsandbytes' order, that somebody put in the place of this one's."""
-        form = self.in_order()
-        self.lose()  # FSDP2 must be able to free the bytes
-        self.form = replace(form, data=form.data.new_empty(0))
-        data = as_bytes(weight, self.storage)
+        """With the bytes of another tensor, in bitsandbytes' order, that somebody put in the place of this Parameter."""
+        form, data = self.in_order(), as_bytes(weight, self.storage)
         if data.numel() != (form.shape[0] * form.shape[1] + 1) // 2:
             raise RuntimeError(
                 f"Linear4bit: weight must hold the {(form.shape[0] * form.shape[1] + 1) // 2} bytes of {list(form.shape)}, "
                 f"got {weight.dtype} {list(weight.shape)}"
             )
         if form.scales.device != data.device:  # FSDP2 moves parameters alone
-            form = self.form = each(form, lambda t: t.to(data.device))
+            form = each(form, lambda t: t.to(data.device))
         return replace(form, data=data)
+
+    def release(self, found: Weight4bit) -> None:
+        """The bytes, where the Parameter is gone for good: FSDP2 has them in shards now. found: as a forward has them."""
+        if self.owner() is None:
+            self.keep(found)
+            self.lose()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "owner"} | {"traced": False}
 
 
 class Looked:
@@ -102,7 +113,10 @@ class Looked:
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = {} if kwargs is None else kwargs
-        if func in _BLIND:
+        compiler = func is torch.Tensor.untyped_storage and TracingContext.try_get() is not None
+        if compiler:  # it asks who shares memory, and reads none
+            _traced(args[0])
+        if compiler or func in _BLIND:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         mine = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Looked)]
@@ -140,7 +154,7 @@ def set_kind(kind: type) -> None:
 def parameter(held: Held, requires_grad: bool = False) -> Any:
     """A new Parameter of it."""
     made: Any = torch.Tensor._make_subclass(_kind, held.seen(), requires_grad)
-    made._held = held
+    made._held, held.owner = held, weakref.ref(made)
     made.__dict__.update(made.about(held))
     return made
 
@@ -161,6 +175,13 @@ def tile(weight: Any) -> None:
         with _quietly():
             if not held.settled and held.whole is not None:
                 put(weight, held.whole.tile())
+
+
+def _traced(weight: Any) -> None:
+    """A graph is made of what it finds: tiles, in the first. After a look there is one more, for the other order."""
+    if not weight._held.traced:
+        weight._held.traced = True
+        tile(weight)
 
 
 def put(weight: Any, whole: Weight4bit) -> None:
