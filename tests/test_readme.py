@@ -174,6 +174,6 @@ def test_training_and_qlora_snippets(model_folder, one_thread):
     names = {}
     for snippet, base in zip(snippets, (nn.Linear, fastpeft.nn.Linear4bit), strict=True):
         exec(snippet.replace(MODEL, repr(str(model_folder))), names)
-        layers = [m for m in names["model"].modules() if hasattr(m, "base_layer")]
-        assert {type(layer.base_layer) for layer in layers} == {base}
+        layers = [module for module in names["model"].modules() if hasattr(module, "base_layer")]
+        assert layers and all(isinstance(layer.base_layer, base) for layer in layers)
         assert {row.path for row in fastpeft.apply(names["model"]).layers} == {"fast"}

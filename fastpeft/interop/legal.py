@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.module_tracker import ModuleTracker
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +23,7 @@ from ..nn import Linear4bit
 from ..weight4bit import Weight4bit
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_STRIDED = torch.strided
 _LINEAR_FORWARD = nn.Linear.forward
 
 
@@ -55,20 +57,24 @@ def terms(layer: PeftLinear) -> Terms | str:
     modules = layer._modules
     base: Any = modules["base_layer"]
     kind = type(base)
-    packed = kind.forward is Linear4bit.forward  # the class or its subclass that is bitsandbytes' too
-    if kind is not nn.Linear and kind is not Conv1D and not packed:
+    packed = kind is not nn.Linear and kind is not Conv1D
+    if packed and kind.forward is not Linear4bit.forward:  # the class or its subclass that is bitsandbytes' too
         return f"its base layer is a {kind.__name__}"
     if noticed(base):
         return "its base layer has hooks, or a forward of its own"
-    weight: Any = base.plain_weight() if packed else base._parameters.get("weight")
-    bias = base._parameters.get("bias")
+    parameters = base._parameters
+    weight: Any = base.plain_weight() if packed else parameters.get("weight")
+    bias = parameters.get("bias")
     if type(weight) is not (Weight4bit if packed else nn.Parameter) or not (bias is None or type(bias) is nn.Parameter):
         return "its base weight is not a plain parameter (sharded, quantised or replicated)"
-    if not packed and weight.requires_grad:
+    if packed:
+        if weight.data.is_meta:
+            return "its base weight is on the meta device"
+    elif weight.requires_grad:
         return "its base weight requires grad"
-    if (not packed and weight.dtype not in DTYPES) or weight.device.type == "meta":
+    elif weight.dtype not in DTYPES or weight.is_meta:
         return f"its base weight is {weight.dtype} on {weight.device}"
-    if nn.Linear.forward is not _LINEAR_FORWARD or _noticed_everywhere():
+    if nn.Linear.forward is not _LINEAR_FORWARD or (_has_any_global_hook() and _noticed_everywhere()):
         return "there are hooks on every nn.Module, or another nn.Linear.forward"
     active, off = layer._active_adapter, None
     names = (active,) if type(active) is str else active
@@ -121,7 +127,7 @@ def refusal(layer: PeftLinear, x: torch.Tensor, found: Terms) -> str | None:
     dtype = x.dtype
     if dtype not in DTYPES or x.is_meta:
         return f"x is {dtype} on {x.device}"
-    if x.is_nested or x.layout is not torch.strided:
+    if x.layout is not _STRIDED or x.is_nested:
         return f"x is a {'nested' if x.is_nested else x.layout} tensor"
     if found.base is None and dtype is not found.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {dtype}, its base weight {found.weight.dtype}"
@@ -149,8 +155,6 @@ def noticed(module: nn.Module) -> bool:
 
 def _noticed_everywhere() -> bool:
     """Hooks on every nn.Module, but for those by which PyTorch's own counters (of FLOPs, say) know where they are."""
-    if not every_module._has_any_global_hook():
-        return False
     of_all = (
         every_module._global_forward_hooks,
         every_module._global_forward_pre_hooks,

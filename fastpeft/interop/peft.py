@@ -39,7 +39,9 @@ class Fast(Base):
         """x [..., K] -> [..., N], as PEFT's; other arguments (`adapter_names`, ...) run PEFT's code."""
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
-        found = self._terms()
+        if self.merged_adapters and self._disable_adapters:
+            self.unmerge()  # as PEFT's forward does
+        found = legal.terms(self)
         refused = None if isinstance(found, str) else legal.refusal(self, x, found)
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -60,15 +62,12 @@ class Fast(Base):
 
     def fast_terms(self, x: torch.Tensor | None) -> Terms | str:
         """What the fast path computes for x, or why this call is PEFT's. None: whatever x (for the report)."""
-        found = legal.terms(self) if x is None else self._terms()
+        if x is not None and self.merged_adapters and self._disable_adapters:
+            self.unmerge()
+        found = legal.terms(self)
         if x is None or isinstance(found, str):
             return found
         return legal.refusal(self, x, found) or found
-
-    def _terms(self) -> Terms | str:
-        if self._disable_adapters and self.merged_adapters:
-            self.unmerge()  # as PEFT's forward does
-        return legal.terms(self)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT's. A 4-bit base is quantised again and keeps its original: see `merge_4bit`."""
