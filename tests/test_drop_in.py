@@ -9,7 +9,18 @@ from functools import partial
 import peft
 import pytest
 import torch
-from _peft import assert_like_peft, assert_same_output, assert_same_results, double, layers, output, pair, runs, tokens
+from _peft import (
+    assert_like_peft,
+    assert_same_output,
+    assert_same_results,
+    dense,
+    double,
+    layers,
+    output,
+    pair,
+    runs,
+    tokens,
+)
 from conftest import BUT_INTERPRETED
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -207,10 +218,9 @@ def step(model, x):
 @pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "4 bits"])
 @pytest.mark.parametrize("m", [6, 100])
 def test_selective_checkpointing_computes_no_matmul_twice(four_bit, m):
-    fast, report, _ = block(four_bit)
+    fast, report, plain = block(four_bit)
     assert {row.path for row in report.layers} == {"fast"} and report.groups == 1
     x, counts = torch.randn(m, 40), []
-    expected = step(fast, x)
     for checkpointed in (False, True):
         fast.base_model.model.checkpointed = checkpointed
         with FlopCounterMode(display=False) as counter:
@@ -220,7 +230,7 @@ def test_selective_checkpointing_computes_no_matmul_twice(four_bit, m):
     assert counts[0] == counts[1] > 0
     for name, value in step(fast, x).items():
         assert torch.equal(value, got[name])
-    assert got.keys() == expected.keys()
+    assert_same_results(got, step(dense(plain), x), step(double(dense(plain)), x.double()))
 
 
 @pytest.mark.parametrize("m", [6, 100])
@@ -294,3 +304,20 @@ def _three(fast, plain):
     for model in (fast, plain, exact):
         model.dtype = next(model.parameters()).dtype
     return fast, plain, exact
+
+
+# ---- fastpeft's own layer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "4 bits"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loralinear_switched_off_is_b_zero(dtype, four_bit):
+    base = nn.Linear(64, 48).to(dtype)
+    layer = fastpeft.nn.LoraLinear(fastpeft.quantize(base) if four_bit else base, r=4)
+    for m in (1, 20, 200):
+        x = torch.randn(m, 64).to(dtype)
+        on = layer(x)
+        layer.disable()
+        off = layer(x)
+        layer.enable()
+        assert torch.equal(on.detach(), off.detach())

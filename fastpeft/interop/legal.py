@@ -23,6 +23,7 @@ from ..nn import Linear4bit
 from ..weight4bit import Weight4bit
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+UNMERGE_FIRST = "its adapters are merged and disabled: the next call unmerges them, as PEFT's does"
 _STRIDED = torch.strided
 _LINEAR_FORWARD = nn.Linear.forward
 
@@ -79,6 +80,8 @@ def terms(layer: PeftLinear) -> Terms | str:
     active, off = layer._active_adapter, None
     names = (active,) if type(active) is str else active
     if layer._disable_adapters or layer.merged_adapters:
+        if layer._disable_adapters and layer.merged_adapters:
+            return UNMERGE_FIRST
         off = "its adapters are disabled" if layer._disable_adapters else "its adapters are merged"
         names = dict.fromkeys((*names, *layer.merged_adapters))
     downs, ups, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules

@@ -39,9 +39,10 @@ class Fast(Base):
         """x [..., K] -> [..., N], as PEFT's; other arguments (`adapter_names`, ...) run PEFT's code."""
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
-        if self.merged_adapters and self._disable_adapters:
-            self.unmerge()  # as PEFT's forward does
         found = legal.terms(self)
+        if found is legal.UNMERGE_FIRST:
+            self.unmerge()
+            found = legal.terms(self)
         refused = None if isinstance(found, str) else legal.refusal(self, x, found)
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -62,9 +63,10 @@ class Fast(Base):
 
     def fast_terms(self, x: torch.Tensor | None) -> Terms | str:
         """What the fast path computes for x, or why this call is PEFT's. None: whatever x (for the report)."""
-        if x is not None and self.merged_adapters and self._disable_adapters:
-            self.unmerge()
         found = legal.terms(self)
+        if found is legal.UNMERGE_FIRST and x is not None:
+            self.unmerge()
+            found = legal.terms(self)
         if x is None or isinstance(found, str):
             return found
         return legal.refusal(self, x, found) or found

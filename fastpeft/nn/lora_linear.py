@@ -60,8 +60,6 @@ class LoraLinear(nn.Module):
         return self.alpha / self.r
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.merged or not self.enabled:
-            return self.base(x)
         if isinstance(self.base, Linear4bit):
             dtype = self.base.dtype_for(x)
             with no_autocast(x, dtype):
@@ -69,6 +67,8 @@ class LoraLinear(nn.Module):
         return self._forward(x, self.base.weight)
 
     def _forward(self, x: torch.Tensor, weight: torch.Tensor | Weight4bit) -> torch.Tensor:
+        if self.merged or not self.enabled:  # the base in the same way, so that its bits are those at B = 0
+            return ops.lora_linear(x, weight, None, None, bias=self.base.bias)
         return ops.lora_linear(
             x,
             weight,
