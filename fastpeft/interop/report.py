@@ -167,6 +167,8 @@ def _arithmetic(weight: Any, adapters: Sequence[torch.Tensor], base: Linear4bit 
         return f"4-bit base ({about}), products in {compute}, float32 sums, {_dtypes(adapters)} adapters"
     compute, masters = _dtypes([weight]), _dtypes(adapters)
     rounded = "" if masters == compute else f", {masters} adapters rounded in the kernel"
+    if compute == "float16":
+        rounded = f", {masters} adapters, float32 between them"
     return f"{compute} products, float32 sums{rounded}"
 
 
