@@ -411,7 +411,7 @@ int grad_down(const LoraLinearGradDown& d) {
 
 constexpr int SMALL_MAX_M = 32;
 static_assert(SMALL_MAX_M <= 8 * W, "a row of sums fits on the stack");
-static_assert(COLUMNS_N % MB == 0);
+static_assert(COLUMNS / SMALL_MAX_M % MB == 0);
 
 // sums[n, m] += Σ_k w[n, k] · xt[k, m] for N <= MB rows of w; sums and xt have `lanes` columns
 template <class T>
@@ -440,13 +440,13 @@ int small(const LoraLinearSmall& d) {
   Workspace work;
   if (!work.allocate(Workspace::size(tall ? K * lanes : M * ldx) + Workspace::size(R * ldx) +
                      Workspace::size(tall ? R * lanes : M * lds) + threads * Workspace::size(tall ? 0 : MB * R) +
-                     threads * Workspace::size(d.transposed ? M * COLUMNS_N : 0)))
+                     threads * Workspace::size(d.transposed ? COLUMNS : 0)))
     return OUT_OF_MEMORY;
   float* xf = work.take(tall ? K * lanes : M * ldx);  // x: [K, M] if tall, else [M, K]
   float* af = work.take(R * ldx);                     // [R, K]
   float* sf = work.take(tall ? R * lanes : M * lds);  // s: [R, M] if tall, else [M, R]
   float* b_rows = work.take(threads * Workspace::size(tall ? 0 : MB * R));
-  float* columns_of = work.take(threads * Workspace::size(d.transposed ? M * COLUMNS_N : 0));  // [M, COLUMNS_N] each
+  float* columns_of = work.take(threads * Workspace::size(d.transposed ? COLUMNS : 0));  // [M, some columns] each
 
   const auto run = [&] {
     const int me = omp_get_thread_num(), team = omp_get_num_threads();
@@ -514,11 +514,11 @@ int small(const LoraLinearSmall& d) {
         if (R) load_adapter<Ranks<T>>(b, R, d.b, n0, n, R, d.scale);
         dot_rows(out, MB, rows, d.w.ld, n, xf, ldx, M, d.transposed ? 0 : K, b, R, sf, lds);
         if (d.transposed) {
-          float* base = columns_of + me * Workspace::size(M * COLUMNS_N);
-          const int64_t at = (n0 - n_begin) % COLUMNS_N;
-          if (at == 0) columns(base, w + n0, d.w.ld, smaller(COLUMNS_N, n_end - n0), xf, ldx, M, K);
+          const int64_t wide = COLUMNS / M / MB * MB, at = (n0 - n_begin) % wide;
+          float* base = columns_of + me * Workspace::size(COLUMNS);
+          if (at == 0) columns(base, wide, w + n0, d.w.ld, smaller(wide, n_end - n0), xf, ldx, M, K);
           for (int64_t m = 0; m < M; ++m)
-            for (int64_t i = 0; i < n; ++i) out[m * MB + i] += base[m * COLUMNS_N + at + i];
+            for (int64_t i = 0; i < n; ++i) out[m * MB + i] += base[m * wide + at + i];
         }
       }
       const Vector biases[] = {d.bias, d.lora_bias};
