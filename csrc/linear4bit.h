@@ -29,7 +29,7 @@ struct Linear4bitDequantize {
   Weight4bit w;
   int64_t n0, n1, k0, k1;
   Matrix out;
-  int threads;
+  Way way;
 };
 
 // y = x Wᵀ + bias + s (scale·B)ᵀ + lora_bias, s = x Aᵀ: for few rows, W is read once; rounded once
@@ -39,8 +39,7 @@ struct Linear4bitSmall {
   Matrix x, y, s, a, b;  // [M, K], [M, N], [M, R] (may be absent), [R, K], [N, R]
   Scale scale;
   Vector bias, lora_bias;  // [N]
-  int dot;                 // whether bf16 x takes the dot product of bf16 pairs, at the level that has one
-  int threads;
+  Way way;
 };
 
 // dx = dy W, for few rows, over a tiled weight; rounded once
@@ -48,7 +47,7 @@ struct Linear4bitGradSmall {
   Weight4bit w;
   int64_t M;
   Matrix dy, dx;  // [M, N], [M, K]
-  int threads;
+  Way way;
 };
 
 struct Linear4bitKernels {

@@ -26,7 +26,7 @@ struct LoraLinearDown {
   const Projection* projections;
   int count;
   Dropout dropout;
-  int threads;
+  Way way;
 };
 
 // y[m, n] += Σ_r s[m, r] · scale[r] · B[n, r] + bias[n], rounded once
@@ -35,7 +35,7 @@ struct LoraLinearUp {
   Matrix y, s, b;   // [M, N], [M, R], [N, R]
   Scale scale;
   Vector bias;  // [N]
-  int threads;
+  Way way;
 };
 
 // t[m, r] = Σ_n dy[m, n] · scale[r] · B[n, r];  db[n, r] = scale[r] · Σ_m dy[m, n] · s[m, r];  dbias[n] = Σ_m dy[m, n]
@@ -47,7 +47,7 @@ struct LoraLinearGradUp {
   void* db;     // [N, R], contiguous, b's dtype; may be null
   void* dbias;  // [N]; may be null
   int dbias_dtype;
-  int threads;
+  Way way;
 };
 
 // da[r, k] = Σ_m t[m, column+r] · drop(x)[m, k];  dx[m, k] += Σ_projections mask/(1-p) · Σ_r t[m, column+r] · A[r, k]
@@ -57,7 +57,7 @@ struct LoraLinearGradDown {
   const Projection* projections;
   int count;
   Dropout dropout;
-  int threads;
+  Way way;
 };
 
 // For few rows, base included: s = x Aᵀ;  y = x Wᵀ + bias + s (scale·B)ᵀ + lora_bias, rounded once
@@ -67,7 +67,7 @@ struct LoraLinearSmall {
   bool transposed;          // w is stored [K, N]
   Scale scale;
   Vector bias, lora_bias;  // [N]
-  int threads;
+  Way way;
 };
 
 struct LoraLinearKernels {

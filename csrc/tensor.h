@@ -26,6 +26,16 @@ struct Scale {
   int64_t stride;  // 1: one value a rank; 0: one value for all
 };
 
+// How a call runs: on so many threads, but on one below so many multiply-adds, where waking the others costs more than
+// the work; and whether bf16 takes the dot product of pairs, at the instruction set that has one.
+struct Way {
+  int threads;
+  double parallel_work;
+  bool dot;
+
+  int team(double work) const { return threads > 1 && work > parallel_work ? threads : 1; }
+};
+
 struct Dropout {
   uint64_t keep_threshold;  // ceil(p · 2³²); 0: no dropout
   double p;

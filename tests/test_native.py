@@ -73,11 +73,13 @@ def num_threads(count: int):
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=ISAS + ["avx512bf16, dot products"] * ("avx512bf16" in ISAS))
 def isa(request):
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
+    """Each instruction set, and the one with a dot product of bf16 pairs with and without it."""
+    before, (isa, *dot) = native.isa(), request.param.split(", ")
+    native.set_isa(isa)
+    with plans.override("cpu", dot=bool(dot)):
+        yield request.param
     native.set_isa(before)
 
 

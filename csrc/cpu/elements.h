@@ -13,11 +13,18 @@
 //   Book         16 floats: load_book(p);  Codes: W dwords of 8 four-bit codes each: load_codes(p)
 //   pick(book, codes, shift)        V: book[dword >> shift & 15], shift a constant
 //   unpack(book, p) lookup(table, p)   V: of W codes in W/2 bytes, the first in the high half; of W bytes, table[p[i]]
+//   where FASTPEFT_DOT is defined, for bf16x2 too: load(p) set1(e) fma(a, b, c), 2 W products of bf16 into W sums;
+//                load_elements(p, n): n <= 2W numbers, zeros behind them;
+//                zip(out, a, b, n), zip_rounded(out, a, b): pairs out of two rows
 #pragma once
 #include <stdint.h>
 #include <string.h>
 
 #include "../tensor.h"
+
+#ifdef __AVX512BF16__
+#define FASTPEFT_DOT  // this instruction set has the dot product of pairs
+#endif
 
 #define FP_INLINE inline __attribute__((always_inline))
 
@@ -29,6 +36,27 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+// Two numbers that follow each other in a sum, the first in the low half: what a dot product of pairs is fed with.
+struct __attribute__((may_alias)) bf16x2 {
+  uint32_t bits;
+};
+
+// What a tile is multiplied in, an element at a time: so many terms of a sum, each a Number.
+template <class E>
+constexpr int TERMS = 1;
+template <>
+constexpr int TERMS<bf16x2> = 2;
+template <class E>
+struct NumberOf {
+  using type = E;
+};
+template <>
+struct NumberOf<bf16x2> {
+  using type = bf16;
+};
+template <class E>
+using Number = typename NumberOf<E>::type;
 
 // What s and t lie in where the compute dtype is T, and to what adapters are rounded (ranks_dtype): fp16's range is too
 // small for them.
@@ -55,4 +83,23 @@ using Ranks = typename RanksOf<T>::type;
     case FLOAT16:                              \
       return kernel<f16>(args);                \
   }                                            \
+  return BAD_DTYPE
+
+// the same for a kernel that is multiplied in fp32, or for bf16, where the call says so, in dot products of pairs
+#ifdef FASTPEFT_DOT
+#define FASTPEFT_BY_ELEMENT(kernel, args, dtype)                              \
+  if ((dtype) == BFLOAT16 && args.way.dot) return kernel<bf16, bf16x2>(args); \
+  FASTPEFT_IN_FP32(kernel, args, dtype)
+#else
+#define FASTPEFT_BY_ELEMENT(kernel, args, dtype) FASTPEFT_IN_FP32(kernel, args, dtype)
+#endif
+#define FASTPEFT_IN_FP32(kernel, args, dtype) \
+  switch (dtype) {                            \
+    case FLOAT32:                             \
+      return kernel<float, float>(args);      \
+    case BFLOAT16:                            \
+      return kernel<bf16, float>(args);       \
+    case FLOAT16:                             \
+      return kernel<f16, float>(args);        \
+  }                                           \
   return BAD_DTYPE

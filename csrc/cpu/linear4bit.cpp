@@ -21,7 +21,7 @@ int dequantize(const Linear4bitDequantize& d) {
   const int64_t K = d.w.K, width = d.k1 - d.k0;
   T* out = (T*)d.out.data;
   if (width <= 0) return OK;
-  const int threads = d.threads > 1 && (double)(d.n1 - d.n0) * width > 1e5 ? d.threads : 1;
+  const int threads = d.way.team(2.0 * (d.n1 - d.n0) * width);
   const int64_t scale_floats = reader.stores_scales() ? 0 : K / reader.step * ROWS4;
   Workspace work;
   if (!work.allocate(threads * Workspace::size(scale_floats))) return OUT_OF_MEMORY;
@@ -131,7 +131,7 @@ int linear4bit_small(const Linear4bitSmall& d) {
   const Reader reader(d.w);
   const int64_t M = d.M, K = d.w.K, N = d.w.N, R = d.R;
   if (M == 0 || N == 0) return OK;
-  const bool is_dot = HAS_DOT<T> && d.dot, is_direct = !is_dot && M <= DIRECT_M;
+  const bool is_dot = HAS_DOT<T> && d.way.dot, is_direct = !is_dot && M <= DIRECT_M;
   const int64_t groups = reader.tiled_rows / ROWS4, tail = N - reader.tiled_rows,
                 xm = is_dot      ? DOT_ROWS
                      : is_direct ? M
@@ -141,7 +141,7 @@ int linear4bit_small(const Linear4bitSmall& d) {
   const T* x = (const T*)d.x.data;
   T* y = (T*)d.y.data;
   Ranks<T>* s = (Ranks<T>*)d.s.data;
-  const int threads = useful_threads(d.threads, (double)(N + R) * K * M);
+  const int threads = d.way.team((double)(N + R) * K * M);
 
   const int64_t of_thread = Workspace::size(2 * scale_floats) + Workspace::size(tail ? TAIL * ldx : 0) +
                             Workspace::size(PAIR * lds) + Workspace::size(ROWS4 * lds) +
@@ -299,7 +299,7 @@ int linear4bit_grad_small(const Linear4bitGradSmall& d) {
   const Reader reader(d.w);
   const int64_t M = d.M, K = d.w.K, N = d.w.N, lanes = round_up(M, W), groups = reader.tiled_rows / ROWS4;
   if (M == 0 || K == 0) return OK;
-  const int threads = useful_threads(d.threads, (double)N * K * lanes);
+  const int threads = d.way.team((double)N * K * lanes);
   const int64_t scale_floats = reader.stores_scales() ? 0 : K / reader.step * ROWS4;
   const int64_t of_thread = Workspace::size(PANEL * lanes) + Workspace::size(2 * scale_floats);
   Workspace work;

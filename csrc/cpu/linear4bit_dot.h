@@ -14,7 +14,7 @@ constexpr bool HAS_DOT = false;
 constexpr int DOT_ROWS = 16;  // rows of x at a time
 constexpr int DOT_PAIRS = CODES4 / 2;
 
-#ifdef __AVX512BF16__
+#ifdef FASTPEFT_DOT
 template <>
 constexpr bool HAS_DOT<bf16> = true;
 

@@ -1,5 +1,8 @@
-// What every native op is composed of: rows and tiles converted to fp32, one small GEMM on tiles that lie in L1, and
-// the dropout mask of a tile.
+// What every native op is composed of: rows and tiles in the elements that they are multiplied in, one small GEMM on
+// tiles that lie in L1, and the dropout mask of a tile.
+//
+// An element E is a float, or a pair of bf16 (bf16x2) for the dot product of pairs: two terms of the sum, so that the
+// operands come "along" (two neighbours in a row) or "across" (one under the other in two rows). Sums are fp32.
 #pragma once
 #include <stdlib.h>
 
@@ -11,6 +14,7 @@ namespace {
 // A tile is MB rows x KC columns of fp32, two of them in L1 (10 KB each; 16x256, 32x128 and 64x128 were slower), its
 // rows TILE_LD apart (16 more than KC: rows that are a power of two apart share few cache sets).
 constexpr int MB = 32, KC = 64, TILE_LD = KC + 16;
+static_assert(KC % (2 * W) == 0 && MB % 2 == 0);
 
 FP_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 FP_INLINE int64_t blocks(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
@@ -64,25 +68,60 @@ void store_tile(T* dst, int64_t ld, const float* tile, int rows, int cols) {
   for (int m = 0; m < rows; ++m) convert_row(dst + m * ld, tile + m * TILE_LD, cols);
 }
 
-// out[c, r] = in[r, c], r < rows, c < cols
-template <class T>
-void transpose(float* out, int64_t ld_out, const T* in, int64_t ld_in, int64_t rows, int64_t cols) {
+// W elements along a row, as the bits of a vector: of n <= W TERMS numbers, zeros behind them
+template <class E, class T>
+FP_INLINE V elements(const T* row, int64_t n) {
+#ifdef FASTPEFT_DOT
+  if constexpr (TERMS<E> == 2) return _mm512_castsi512_ps(load_elements(row, (int)n));
+#endif
+  return n >= W ? load(row) : load_partial(row, (int)n);
+}
+
+// out[c, r] = the elements along in[r, c], r < rows, c < cols (numbers)
+template <class E, class T>
+void transpose(E* out, int64_t ld_out, const T* in, int64_t ld_in, int64_t rows, int64_t cols) {
+  constexpr int64_t SOME = W * TERMS<E>;
   for (int64_t r0 = 0; r0 < rows; r0 += W)
-    for (int64_t c0 = 0; c0 < cols; c0 += W) {
-      const int nr = (int)smaller(W, rows - r0), nc = (int)smaller(W, cols - c0);
+    for (int64_t c0 = 0; c0 < cols; c0 += SOME) {
+      const int nr = (int)smaller(W, rows - r0);
+      const int64_t nc = smaller(SOME, cols - c0);
       const T* src = in + r0 * ld_in + c0;
-      float* dst = out + c0 * ld_out + r0;
+      float* dst = (float*)(out + c0 / TERMS<E> * ld_out + r0);
       V block[W];
-      for (int r = 0; r < W; ++r)
-        block[r] = r >= nr ? zero() : nc == W ? load(src + r * ld_in) : load_partial(src + r * ld_in, nc);
+      for (int r = 0; r < W; ++r) block[r] = r >= nr ? zero() : elements<E>(src + r * ld_in, nc);
       transpose_block(block);
-      for (int c = 0; c < nc; ++c)
+      for (int c = 0; c < blocks(nc, TERMS<E>); ++c)
         if (nr == W)
           store(dst + c * ld_out, block[c]);
         else
           store_partial(dst + c * ld_out, block[c], nr);
     }
 }
+
+#ifdef FASTPEFT_DOT
+// out[i] = first[i] and second[i], i < n, zeros up to a multiple of W; no second row: zeros
+FP_INLINE void zip_rows(bf16x2* out, const bf16* first, const bf16* second, int64_t n) {
+  for (int64_t i = 0; i < n; i += 2 * W) {
+    const int some = (int)smaller(2 * W, n - i);
+    const __m512i a = load_elements(first + i, some);
+    zip(out + i, a, second ? load_elements(second + i, some) : _mm512_setzero_si512(), some);
+  }
+}
+#endif
+
+// A tile of MB x KC numbers: as elements along its rows, [MB, ALONG_LD], and across them, [MB / TERMS, TILE_LD].
+template <class E>
+constexpr int ALONG_LD = KC / TERMS<E> + 16;
+template <class E>
+struct Tile {
+  alignas(64) E along[MB * ALONG_LD<E>];
+  alignas(64) E across[MB / 2 * TILE_LD];
+};
+template <>
+struct Tile<float> {
+  alignas(64) float along[MB * TILE_LD];
+  float* const across = along;  // a float is both
+};
 
 struct TileAt {
   int64_t m0, k0;
@@ -92,7 +131,7 @@ struct TileAt {
 // Converts the tile that is wanted next, a vector at a step, while this one is multiplied: out of the way of the
 // multiply- adds, its loads wait for L2 and L3 at no cost. Done in one go beforehand, they took a third of the time of
 // a pass.
-template <class T>
+template <class T, class E = float>
 struct NextTile {
   const T* src;  // [rows, cols]
   int64_t ld;
@@ -101,6 +140,7 @@ struct NextTile {
 
   NextTile(float* tile, const T* x, int64_t ld, TileAt at)
       : src(x + at.m0 * ld + at.k0), ld(ld), tile(tile), cols(at.cols), left(at.rows * (int)blocks(at.cols, W)) {}
+  NextTile(Tile<float>& tile, bool, bool, const T* x, int64_t ld, TileAt at) : NextTile(tile.along, x, ld, at) {}
 
   FP_INLINE void step() {
     if (left == 0) return;
@@ -117,6 +157,47 @@ struct NextTile {
     while (left) step();
   }
 };
+
+#ifdef FASTPEFT_DOT
+// Pairs, two rows of numbers at a step: as they lie, or side by side, or both.
+template <>
+struct NextTile<bf16, bf16x2> {
+  const bf16* src;  // [rows, cols]
+  int64_t ld;
+  bf16x2 *along, *across;  // null: not wanted
+  int cols, column = 0, rows;
+
+  NextTile(Tile<bf16x2>& tile, bool along, bool across, const bf16* x, int64_t ld, TileAt at)
+      : src(x + at.m0 * ld + at.k0),
+        ld(ld),
+        along(along ? tile.along : nullptr),
+        across(across ? tile.across : nullptr),
+        cols(at.cols),
+        rows(at.cols ? at.rows : 0) {}
+
+  FP_INLINE void step() {
+    if (rows <= 0) return;
+    const int n = cols - column;
+    const bf16* p = src + column;
+    __builtin_prefetch(p + MB * ld, 0, 2);
+    __builtin_prefetch(p + (MB + 1) * ld, 0, 2);
+    const __m512i first = load_elements(p, n), second = rows > 1 ? load_elements(p + ld, n) : _mm512_setzero_si512();
+    if (along) {
+      _mm512_store_si512(along + column / 2, first);
+      _mm512_store_si512(along + ALONG_LD<bf16x2> + column / 2, second);
+    }
+    if (across) zip(across + column, first, second);
+    column += 2 * W;
+    if (column < cols) return;
+    column = 0, rows -= 2, src += 2 * ld;
+    if (along) along += 2 * ALONG_LD<bf16x2>;
+    if (across) across += TILE_LD;
+  }
+  void finish() {
+    while (rows > 0) step();
+  }
+};
+#endif
 
 struct NoTile {
   FP_INLINE void step() {}
@@ -153,9 +234,9 @@ struct Both {
 // C[i, v] += Σ_j L[i, j] · B[j, v] for I rows and N vectors, held in registers. L's strides are constants: one base
 // register serves all rows. The sum over j starts at zero: a long sum is built of short ones, as in a blocked GEMM.
 // C is fp32, or of another element type if this sum is all that is added to it: then it is rounded once.
-template <int I, int N, int LI, int LJ, class C, class Next>
-FP_INLINE void gemm_block(C* c, int64_t ldc, const float* l, const float* b, int64_t ldb, int64_t J,
-                          Next& shared_next) {
+template <int I, int N, int LI, int LJ, class C, class E, class Next>
+FP_INLINE void gemm_block(C* c, int64_t ldc, const E* l, const E* b, int64_t ldb, int64_t J, Next& shared_next) {
+  using Elements = decltype(load(b));
   V acc[I][N];
 #pragma GCC unroll 16
   for (int i = 0; i < I; ++i)
@@ -164,12 +245,12 @@ FP_INLINE void gemm_block(C* c, int64_t ldc, const float* l, const float* b, int
   Next next = shared_next;
   for (int64_t j = 0; j < J; ++j, b += ldb, l += LJ) {
     next.step();
-    V bv[N];
+    Elements bv[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) bv[v] = load(b + v * W);
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
-      const V li = set1(l[i * LI]);
+      const Elements li = set1(l[i * LI]);
 #pragma GCC unroll 8
       for (int v = 0; v < N; ++v) acc[i][v] = fma(li, bv[v], acc[i][v]);
     }
@@ -185,8 +266,8 @@ FP_INLINE void gemm_block(C* c, int64_t ldc, const float* l, const float* b, int
   }
 }
 
-template <int N, int LI, int LJ, class C, class Next>
-void gemm_rows(C* c, int64_t ldc, const float* l, const float* b, int64_t ldb, int64_t I, int64_t J, Next& next) {
+template <int N, int LI, int LJ, class C, class E, class Next>
+void gemm_rows(C* c, int64_t ldc, const E* l, const E* b, int64_t ldb, int64_t I, int64_t J, Next& next) {
   constexpr int ROWS = N == 1 ? ROWS_1 : N == 2 ? ROWS_2 : N == 3 ? ROWS_3 : 4;
   int64_t i = 0;
   for (; i + ROWS <= I; i += ROWS) gemm_block<ROWS, N, LI, LJ>(c + i * ldc, ldc, l + i * LI, b, ldb, J, next);
@@ -199,11 +280,10 @@ constexpr int64_t MAX_SUM = 128;  // longest sum over j in one go: B's block sta
 
 // C[i, 0 .. vecs*W) += Σ_j L[i, j] · B[j, 0 .. vecs*W), i < I, j < J; L[i, j] = l[i * LI + j * LJ]; fp32 C if J >
 // MAX_SUM
-template <int LI, int LJ, class C, class Next>
-void tile_gemm(C* c, int64_t ldc, const float* l, const float* b, int64_t ldb, int64_t I, int64_t J, int vecs,
-               Next& next) {
+template <int LI, int LJ, class C, class E, class Next>
+void tile_gemm(C* c, int64_t ldc, const E* l, const E* b, int64_t ldb, int64_t I, int64_t J, int vecs, Next& next) {
   for (int64_t j0 = 0; j0 < J; j0 += MAX_SUM) {
-    const float *lj = l + j0 * LJ, *bj = b + j0 * ldb;
+    const E *lj = l + j0 * LJ, *bj = b + j0 * ldb;
     const int64_t jn = smaller(MAX_SUM, J - j0);
     for (int done = 0, parts = (vecs + MAX_VECS - 1) / MAX_VECS; parts > 0; --parts) {
       const int n = (vecs - done + parts - 1) / parts, v = done * W;
@@ -286,24 +366,18 @@ struct Keep {
       : seed(d.seed), threshold(d.keep_threshold), value(d.p < 1.0 ? (float)(1.0 / (1.0 - d.p)) : 0.0f) {}
   explicit operator bool() const { return threshold != 0; }
 
-  // calls f(i, mask) with i = m * TILE_LD + k, mask = keep ? 1/(1-p) : 0 for the W elements m, k .. k+W-1 of a tile
+  // calls f(m, k, mask) with mask = keep ? value : 0 for the W numbers m, k .. k+W-1 of a tile
   template <class F>
   FP_INLINE void tile(TileAt at, uint32_t projection, F f) const {
     const uint32_t t = threshold >> 32 ? 0xffffffffu : (uint32_t)threshold;  // p = 1 keeps nothing: value is 0
     const float v = threshold >> 32 ? 0.0f : value;
     const Philox philox(seed, projection);
     for (int m = 0; m < at.rows; ++m)
-      philox.row((uint64_t)(at.m0 + m), at.k0, at.cols,
-                 [&](int64_t k, U words) { f(m * TILE_LD + k, keep(words, t, v)); });
+      philox.row((uint64_t)(at.m0 + m), at.k0, at.cols, [&](int64_t k, U words) { f(m, k, keep(words, t, v)); });
   }
 };
 
 // ---- work ----
-
-// Below this many multiply-adds one thread is faster than waking the others.
-constexpr double PARALLEL_WORK = 2e5;
-
-int useful_threads(int threads, double work) { return threads > 1 && work > PARALLEL_WORK ? threads : 1; }
 
 // Part i of n units, cut into `parts` runs whose lengths differ by one at most.
 struct Part {
@@ -363,23 +437,50 @@ struct Cell {
   }
 };
 
-// One allocation for all that a call needs; take() hands it out in cache lines.
+// One allocation for all that a call needs; take() hands it out in cache lines. A thread keeps the last one for its
+// next call: the first touch of fresh pages costs more than many a pass, and how much differs from process to process.
 struct Workspace {
+  static constexpr int64_t MOST_KEPT = 8 << 20;  // 4-byte elements
+  struct Kept {
+    float* base = nullptr;
+    int64_t size = 0;
+    ~Kept() { free(base); }
+  };
+  static Kept& kept() {
+    static thread_local Kept of_thread;
+    return of_thread;
+  }
+
   float* base = nullptr;
-  int64_t used = 0;
-  bool allocate(int64_t floats) {
+  int64_t used = 0, capacity = 0;
+  bool allocate(int64_t elements) {
+    Kept& last = kept();
+    base = last.base, capacity = last.size;
+    last = Kept{};  // moved
+    if (capacity >= elements && base) return true;
+    free(base);
     void* p = nullptr;
-    if (posix_memalign(&p, 64, (size_t)(floats > 0 ? floats : 1) * sizeof(float))) return false;
+    capacity = elements > 0 ? elements : 1;
+    if (posix_memalign(&p, 4096, (size_t)capacity * sizeof(float))) return base = nullptr, false;
     base = (float*)p;
     return true;
   }
-  static int64_t size(int64_t floats) { return round_up(floats, 16); }
-  float* take(int64_t floats) {
-    float* p = base + used;
-    used += size(floats);
+  static int64_t size(int64_t elements) { return round_up(elements, 16); }
+  template <class E = float>
+  E* take(int64_t elements) {
+    static_assert(sizeof(E) == sizeof(float));
+    E* p = (E*)(base + used);
+    used += size(elements);
     return p;
   }
-  ~Workspace() { free(base); }
+  ~Workspace() {
+    Kept& last = kept();
+    if (capacity <= MOST_KEPT && !last.base) {
+      last.base = base, last.size = base ? capacity : 0;
+    } else {
+      free(base);
+    }
+  }
 };
 
 }  // namespace

@@ -85,11 +85,11 @@ static void dequantize(py::handle weight, const Tensor& out, int64_t n0, int64_t
     throw py::value_error(text(op, ": rows ", n0, " to ", n1, " and columns ", k0, " to ", k1, " are not all in [",
                                base.N, ", ", base.K, "]"));
   const Matrix to = matrix(op, "out", out, n1 - n0, k1 - k0, out.dtype());
-  const int threads = num_threads();
+  const Way how = way();
   int status;
   {
     py::gil_scoped_release release;
-    status = linear4bit().dequantize({base.packed, n0, n1, k0, k1, to, threads});
+    status = linear4bit().dequantize({base.packed, n0, n1, k0, k1, to, how});
   }
   check_status(status, op, n1 - n0, k1 - k0, 0, 0);
 }
@@ -104,11 +104,11 @@ static py::object grad_few(const Tensor& dy, py::handle weight) {
   const Matrix from = matrix(op, "dy", dy, M, base.N, dy.dtype());
   const Result dx = allocate(dy, {M, base.K}, dy.dtype());
   const Matrix to{dx.data, base.K, dy.dtype()};
-  const int threads = num_threads();
+  const Way how = way();
   int status;
   {
     py::gil_scoped_release release;
-    status = linear4bit().grad_small({base.packed, M, from, to, threads});
+    status = linear4bit().grad_small({base.packed, M, from, to, how});
   }
   check_status(status, op, M, base.K, base.N, 0);
   return dx.object;

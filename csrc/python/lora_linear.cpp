@@ -115,7 +115,7 @@ void run(const char* op, int64_t M, int64_t K, int64_t N, int64_t R, Call call) 
 // s [M, ΣR] = drop(x) Aᵀ of all projections; x [..., K], contiguous
 py::object down(const Tensor& x, const MaybeTensors& a, double p, const MaybeTensor& seed) {
   const char* const op = "lora_linear_down";
-  const int dtype = compute(op, "x", x).dtype(), threads = num_threads();
+  const int dtype = compute(op, "x", x).dtype();
   const int64_t K = x.size(-1), M = rows_of(x), total = ranks_of(op, a);
   const Matrix from = matrix(op, "x", x, M, K, dtype);
   const Dropout drop = dropout(op, p, seed);
@@ -130,8 +130,8 @@ py::object down(const Tensor& x, const MaybeTensors& a, double p, const MaybeTen
   const Result s = allocate(x, {M, total}, ranks_dtype(dtype));
   if (total == 0 || M == 0) return s.object;
   const Matrix to{s.data, total, ranks_dtype(dtype)};
-  run(op, M, K, 0, total,
-      [&] { return lora_linear().down({M, K, from, to, all.data(), (int)all.size(), drop, threads}); });
+  const LoraLinearDown call{M, K, from, to, all.data(), (int)all.size(), drop, way()};
+  run(op, M, K, 0, total, [&] { return lora_linear().down(call); });
   return s.object;
 }
 
@@ -141,7 +141,7 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Scale
   const char* const op = "lora_linear_up";
   const Tensors all = ys.cast<Tensors>();
   same_length(op, all.size(), b, scales, lora_biases);
-  const int dtype = compute_of(op, "y", all, compute(op, "s", s)), threads = num_threads();
+  const int dtype = compute_of(op, "y", all, compute(op, "s", s));
   const int64_t M = rows_of(s), total = s.size(-1);
   const Matrix ranks = matrix(op, "s", s, M, total, ranks_dtype(dtype));
   std::vector<LoraLinearUp> calls;
@@ -157,7 +157,7 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Scale
                       {},
                       {},
                       vector(op, "lora_bias", lora_biases[i], N),
-                      threads};
+                      way()};
     if (b[i]) call.b = adapter(op, "b", b[i], N, R), call.scale = scale_of(op, scales[i], R);
     column += R;
     if (R || lora_biases[i]) calls.push_back(call);
@@ -173,7 +173,7 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
   const char* const op = "lora_linear_grad_up";
   const size_t n = dys.size();
   same_length(op, n, b, scales, needs_b, needs_bias);
-  const int dtype = compute_of(op, "dy", dys, compute(op, "s", s)), wide = ranks_dtype(dtype), threads = num_threads();
+  const int dtype = compute_of(op, "dy", dys, compute(op, "s", s)), wide = ranks_dtype(dtype);
   const int64_t M = rows_of(s), total = s.size(-1);
   const Matrix ranks = matrix(op, "s", s, M, total, wide);
   const Result t = wants_t ? allocate(s, {M, total}, wide) : Result{};
@@ -200,7 +200,7 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
                           nullptr,
                           nullptr,
                           FLOAT32,
-                          threads};
+                          way()};
     if (b[i]) call.b = adapter(op, "b", b[i], N, R), call.scale = scale_of(op, scales[i], R);
     if (b[i] && needs_b[i]) {
       const Result db = allocate(s, {N, R}, b[i].dtype());
@@ -227,7 +227,7 @@ py::tuple grad_down(py::object dx, const MaybeTensor& x, const Tensor& t, const 
   same_length(op, n, live, needs_a);
   const MaybeTensor out = dx.cast<MaybeTensor>();
   const Tensor& sized = out ? (const Tensor&)out : x;
-  const int dtype = compute(op, sized ? "x or dx" : "t", sized ? sized : t).dtype(), threads = num_threads();
+  const int dtype = compute(op, sized ? "x or dx" : "t", sized ? sized : t).dtype();
   const int64_t M = rows_of(compute(op, "t", t)), total = ranks_of(op, a);
   const Dropout drop = dropout(op, p, seed);
   const Matrix ranks = matrix(op, "t", t, M, total, ranks_dtype(dtype));
@@ -251,8 +251,8 @@ py::tuple grad_down(py::object dx, const MaybeTensor& x, const Tensor& t, const 
   }
   if (sized && !all.empty()) {
     const Matrix from = matrix(op, "x", x, M, K, dtype), to = matrix(op, "dx", out, M, K, dtype);
-    run(op, M, K, 0, total,
-        [&] { return lora_linear().grad_down({M, K, from, to, ranks, all.data(), (int)all.size(), drop, threads}); });
+    const LoraLinearGradDown call{M, K, from, to, ranks, all.data(), (int)all.size(), drop, way()};
+    run(op, M, K, 0, total, [&] { return lora_linear().grad_down(call); });
   }
   return py::make_tuple(dx, das);
 }
@@ -272,24 +272,23 @@ struct Few {
 
   void run(const Base& base) const {
     const bool alone = (double)M * K * (base.N + R) < ALONE;
-    const int threads = alone ? 1 : num_threads();
+    const Way way{alone ? 1 : num_threads(), plan.parallel_work, plan.dot};
     int status;
     if (alone) {
-      status = call(base, threads);
+      status = call(base, way);
     } else {
       py::gil_scoped_release release;
-      status = call(base, threads);
+      status = call(base, way);
     }
     check_status(status, "lora_linear, few rows", M, K, base.N, R);
   }
 
-  int call(const Base& base, int threads) const {
-    if (!base.dense)
-      return linear4bit().small({base.packed, M, R, x, y, s, a, b, scale, bias, lora_bias, plan.dot, threads});
+  int call(const Base& base, const Way& way) const {
+    if (!base.dense) return linear4bit().small({base.packed, M, R, x, y, s, a, b, scale, bias, lora_bias, way});
     const bool transposed = !base.in_rows();
     const int64_t ld = transposed ? base.dense.stride(1) : std::max(base.dense.stride(0), K);
     const Matrix w{base.dense.data(), ld, x.dtype};
-    return lora_linear().small({M, K, base.N, R, x, w, y, s, a, b, transposed, scale, bias, lora_bias, threads});
+    return lora_linear().small({M, K, base.N, R, x, w, y, s, a, b, transposed, scale, bias, lora_bias, way});
   }
 };
 
