@@ -110,8 +110,10 @@ void direct(float* out, const Reader& reader, int64_t group, const float* scales
     for (int m = 0; m < M; ++m) store(out + m * PAIR + v * W, total[v][m]);
 }
 
-// tile[k - k0, n] = W[n, k] for 16 rows of a tiled group, k0 <= k < k1 (multiples of 8); the tile's rows are PAIR apart
-FP_INLINE void decode(float* tile, const Reader& reader, int64_t group, const float* scales, int64_t k0, int64_t k1) {
+// tile[k - k0, n] = W[n, k] rounded to T for 16 rows of a tiled group, k0 <= k < k1 (multiples of 8); the tile's rows are
+// PAIR apart
+template <class T>
+FP_INLINE void decode(T* tile, const Reader& reader, int64_t group, const float* scales, int64_t k0, int64_t k1) {
   const uint8_t* p = reader.tile(group) + k0 * ROWS4 / 2;
   for (int64_t k = k0; k < k1; k += CODES4, p += 4 * ROWS4, tile += CODES4 * PAIR) {
     __builtin_prefetch(p + AHEAD, 0, 2);
@@ -292,8 +294,8 @@ int linear4bit_small(const Linear4bitSmall& d) {
 
 // ---- few rows of dy: dx = dy W ----
 
-// Vectors lie along the rows m, each thread owns columns k and takes them a panel at a time.
-template <class T>
+// Vectors lie along the rows m, each thread owns columns k and takes them a panel at a time. Pairs lie along n.
+template <class T, class E>
 int linear4bit_grad_small(const Linear4bitGradSmall& d) {
   constexpr int64_t PANEL = 512;  // columns: 4 KB of a group's codes in one run, sums that stay in L1 or close to it
   const Reader reader(d.w);
@@ -302,21 +304,31 @@ int linear4bit_grad_small(const Linear4bitGradSmall& d) {
   const int threads = d.way.team((double)N * K * lanes);
   const int64_t scale_floats = reader.stores_scales() ? 0 : K / reader.step * ROWS4;
   const int64_t of_thread = Workspace::size(PANEL * lanes) + Workspace::size(2 * scale_floats);
+  const int64_t tiled = reader.tiled_rows, tail = N - tiled;
   Workspace work;
-  if (!work.allocate(Workspace::size(N * lanes) + threads * of_thread)) return OUT_OF_MEMORY;
-  float *dyt = work.take(N * lanes), *own = work.take(threads * of_thread);  // [N, M]
+  if (!work.allocate(Workspace::size(tiled / TERMS<E> * lanes) + Workspace::size(tail * lanes) + threads * of_thread))
+    return OUT_OF_MEMORY;
+  E* dyt = work.take<E>(tiled / TERMS<E> * lanes);                              // [N / TERMS, M] for rows of W in tiles
+  float *dyt_tail = work.take(tail * lanes), *own = work.take(threads * of_thread);  // [N, M] for the others
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int me = omp_get_thread_num(), team = omp_get_num_threads();
-    const Part rows(blocks(N, W), team, me), columns(blocks(K, KC), team, me);
-    const int64_t r0 = rows.begin * W, r1 = smaller(N, rows.end * W);
-    for (int64_t i = r0 * lanes; i < r1 * lanes; i += W) store(dyt + i, zero());
-    if (r0 < r1) transpose(dyt + r0 * lanes, lanes, (const T*)d.dy.data + r0, d.dy.ld, M, r1 - r0);
+    const Part rows(groups, team, me), columns(blocks(K, KC), team, me);
+    const int64_t r0 = rows.begin * ROWS4, r1 = rows.end * ROWS4;
+    const T* dy = (const T*)d.dy.data;
+    E* of_rows = dyt + r0 / TERMS<E> * lanes;
+    memset((void*)of_rows, 0, (size_t)((r1 - r0) / TERMS<E> * lanes) * sizeof(E));
+    transpose(of_rows, lanes, dy + r0, d.dy.ld, M, r1 - r0);
+    if (me == 0) {
+      for (int64_t i = 0; i < tail * lanes; i += W) store(dyt_tail + i, zero());
+      transpose(dyt_tail, lanes, dy + tiled, d.dy.ld, M, tail);
+    }
 #pragma omp barrier
 
     float *sums = own + me * of_thread, *scale_room = sums + Workspace::size(PANEL * lanes);  // sums [PANEL, M]
-    alignas(64) float tile[KC * PAIR], out[MB * KC];
+    alignas(64) E tile[KC * PAIR / TERMS<E>];
+    alignas(64) float row[KC], out[MB * KC];
     const int64_t end = smaller(K, columns.end * KC);
     for (int64_t k0 = columns.begin * KC; k0 < end; k0 += PANEL) {
       const int64_t width = smaller(PANEL, end - k0);
@@ -328,19 +340,20 @@ int linear4bit_grad_small(const Linear4bitGradSmall& d) {
         NoTile none;
         for (int64_t k = 0; k < width; k += KC) {
           const int64_t some = smaller(KC, width - k);
-          for (int64_t i = 0; i < count; ++i) decode(tile + i * ROWS4, reader, g + i, scales[i], k0 + k, k0 + k + some);
-          tile_gemm<PAIR, 1>(sums + k * lanes, lanes, tile, dyt + g * ROWS4 * lanes, lanes, some, count * ROWS4,
-                             (int)(lanes / W), none);
+          for (int64_t i = 0; i < count; ++i)
+            decode((Number<E>*)tile + i * ROWS4, reader, g + i, scales[i], k0 + k, k0 + k + some);
+          tile_gemm<PAIR / TERMS<E>, 1>(sums + k * lanes, lanes, tile, dyt + g * ROWS4 / TERMS<E> * lanes, lanes, some,
+                                        count * ROWS4 / TERMS<E>, (int)(lanes / W), none);
         }
       }
-      for (int64_t n = reader.tiled_rows; n < N; ++n)
+      for (int64_t n = 0; n < tail; ++n)
         for (int64_t k = 0; k < width; k += KC) {
           const int64_t some = smaller(KC, width - k);
-          reader.row(tile, n, k0 + k, k0 + k + some);
+          reader.row(row, tiled + n, k0 + k, k0 + k + some);
           for (int64_t i = 0; i < some; ++i)
             for (int64_t m = 0; m < lanes; m += W) {
               float* to = sums + (k + i) * lanes + m;
-              store(to, fma(set1(tile[i]), load(dyt + n * lanes + m), load(to)));
+              store(to, fma(set1(row[i]), load(dyt_tail + n * lanes + m), load(to)));
             }
         }
       for (int64_t k = 0; k < width; k += KC)
@@ -357,7 +370,7 @@ int linear4bit_grad_small(const Linear4bitGradSmall& d) {
 
 // ---- the table ----
 
-int linear4bit_grad_small_any(const Linear4bitGradSmall& d) { FASTPEFT_BY_DTYPE(linear4bit_grad_small, d, d.dy.dtype); }
+int linear4bit_grad_small_any(const Linear4bitGradSmall& d) { FASTPEFT_BY_ELEMENT(linear4bit_grad_small, d, d.dy.dtype); }
 int linear4bit_small_any(const Linear4bitSmall& d) { FASTPEFT_BY_DTYPE(linear4bit_small, d, d.x.dtype); }
 int dequantize_any(const Linear4bitDequantize& d) { FASTPEFT_BY_DTYPE(dequantize, d, d.out.dtype); }
 

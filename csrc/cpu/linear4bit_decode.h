@@ -105,6 +105,10 @@ struct Reader {
       i += n;
     };
     if (at % 2 && count) rest(1);
+    if constexpr (!IS_FLOAT<T>) {  // a book that is scaled and rounded, once for all codes that share the scale
+      const NarrowBook narrow = narrow_book<T>(book, s);
+      for (; i + 32 <= count; i += 32) unpack(out + i, narrow, bytes + (at + i) / 2);
+    }
     for (; i + W <= count; i += W) store(out + i, mul(unpack(book, bytes + (at + i) / 2), vs));
     while (i < count) rest(smaller(W, count - i));
   }

@@ -123,6 +123,25 @@ FP_INLINE V unpack(Book book, const uint8_t* p) {
   const __m128i bytes = _mm_cvtsi32_si128(four);
   return pick(book, _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes)));
 }
+struct NarrowBook {
+  __m256i low, high;  // bytes of 16-bit values, in both halves
+};
+template <class T>
+FP_INLINE NarrowBook narrow_book(Book book, float scale) {
+  const __m128i a = to_bits(mul(book.low, set1(scale)), T()), b = to_bits(mul(book.high, set1(scale)), T());
+  const __m128i byte = _mm_set1_epi16(255);
+  return {_mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte))),
+          _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)))};
+}
+FP_INLINE void unpack(void* out, NarrowBook book, const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)p), code = _mm_set1_epi8(15);
+  const __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), code), second = _mm_and_si128(bytes, code);
+  const __m256i index = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+  const __m256i low = _mm256_shuffle_epi8(book.low, index), high = _mm256_shuffle_epi8(book.high, index);
+  const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
+  _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256((__m256i*)out + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+}
 FP_INLINE V lookup(const float* table, const uint8_t* p) {
   return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), 4);
 }

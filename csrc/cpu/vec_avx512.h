@@ -142,6 +142,18 @@ FP_INLINE V unpack(Book book, const uint8_t* p) {
   const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
   return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes)), book.values);
 }
+using NarrowBook = __m512i;  // of 16-bit values, twice
+template <class T>
+FP_INLINE NarrowBook narrow_book(Book book, float scale) {
+  const __m256i values = to_bits(mul(book.values, set1(scale)), T());
+  return _mm512_inserti64x4(_mm512_castsi256_si512(values), values, 1);
+}
+FP_INLINE void unpack(void* out, NarrowBook book, const uint8_t* p) {
+  // two codes a dword; vpermw looks at the low 5 bits of each half, and the book stands there twice
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, book));
+}
 FP_INLINE V lookup(const float* table, const uint8_t* p) {
   return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), table, 4);
 }

@@ -135,6 +135,25 @@ FP_INLINE V pick(Book book, Codes codes, int shift) {
 FP_INLINE V unpack(Book book, const uint8_t* p) {
   return V{book.values[p[0] >> 4], book.values[p[0] & 15], book.values[p[1] >> 4], book.values[p[1] & 15]};
 }
+struct NarrowBook {
+  uint16_t bits[16];
+};
+template <class T>
+FP_INLINE NarrowBook narrow_book(Book book, float scale) {
+  NarrowBook narrow;
+  for (int i = 0; i < 16; ++i) {
+    T value;
+    from_float(value, book.values[i] * scale);
+    narrow.bits[i] = value.bits;
+  }
+  return narrow;
+}
+FP_INLINE void unpack(void* out, const NarrowBook& book, const uint8_t* p) {
+  for (int i = 0; i < 16; ++i) {
+    const uint16_t two[] = {book.bits[p[i] >> 4], book.bits[p[i] & 15]};
+    memcpy((char*)out + sizeof two * i, two, sizeof two);
+  }
+}
 FP_INLINE V lookup(const float* table, const uint8_t* p) {
   return V{table[p[0]], table[p[1]], table[p[2]], table[p[3]]};
 }
