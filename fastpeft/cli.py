@@ -65,7 +65,7 @@ def diagnose() -> dict[str, Any]:
         "cpu_module_isa": module.isa() if module else None,
         "cuda_module": native.cuda().__file__ if native.cuda() else None,
         "cuda_module_missing": native.why_not_cuda(),
-        "plan": plans.current.kind,
+        "plan": plans.current.about(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FASTPEFT_")},
         "backends": ops.backends(),
         "extras_missing": {extra: _missing(extra) for extra in EXTRAS},
@@ -86,11 +86,10 @@ def _as_text(found: dict[str, Any]) -> str:
         ("environment", " ".join(f"{key}={value}" for key, value in found["environment"].items()) or "no FASTPEFT_*"),
     ]
     if found["cpu_module"]:
-        kernels = f"{found['cpu_module_isa']}, plans of kind {found['plan']}"
-        kernels += f"; FASTPEFT_CPU_ISA takes {', '.join(found['cpu_module_isas'])}"
+        kernels = f"{found['cpu_module_isa']}; FASTPEFT_CPU_ISA takes {', '.join(found['cpu_module_isas'])}"
     else:
         kernels = f"{'BROKEN' if found['broken'] else 'missing'}: {found['cpu_module_missing']}"
-    rows.append(("cpu kernels", kernels))
+    rows += [("cpu kernels", kernels), ("plans", _plan(found))]
     rows.append(("cuda kernels", "built" if found["cuda_module"] else f"missing: {found['cuda_module_missing']}"))
     for op, backends in found["backends"].items():
         usable = [name for name, reason in backends.items() if reason is None]
@@ -101,6 +100,20 @@ def _as_text(found: dict[str, Any]) -> str:
         rows.append((f"extra [{extra}]", f"missing {_names(absent)}" if absent else "complete"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _plan(found: dict[str, Any]) -> str:
+    plan, own = found["plan"], found["plan"]["own"]
+    if own is None:
+        text = f"of kind {plan['kind']}, built in ({plan['built_in']})"
+        if plan["named"]:
+            return f"{text}, by FASTPEFT_PLAN, with which no file of one's own is read"
+        return f"{text}; {plan['ignored']}" if plan["ignored"] else text
+    text = f"of kind {plan['kind']} with this machine's own, measured {own['measured'].replace('T', ' ')[:16]}"
+    since = [("torch", own["torch"], found["torch"]), ("fastpeft", own["fastpeft"], found["fastpeft"])]
+    since.append(("threads", own["threads"], found["threads"]))
+    text += f" with torch {own['torch']} ({plan['file']})"
+    return text + "".join(f"; {name} was {then}, is {now}" for name, then, now in since if then != now)
 
 
 def _see(reason: str, found: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ struct Plan {
   int64_t few_rows_untiled = 0;     // over a 4-bit weight in bitsandbytes' order, which is slower to decode
   int64_t few_rows_transposed = 0;  // over a dense weight that is stored [K, N]
   bool dot = false;                 // bf16 rows take the dot product of pairs, where the instruction set has one
+  double parallel_work = 2e5;       // multiply-adds up to which a pass stays on one thread
 };
 extern Plan plan;
 
