@@ -1,4 +1,4 @@
-"""The command line: `fastpeft doctor` and `fastpeft bench`."""
+"""The command line: `fastpeft doctor`, `fastpeft tune` and `fastpeft bench`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _build, machine, native, ops
+from . import __version__, _build, machine, native, ops, tune
 from .backends import plans
 
 EXTRAS = ("bench", "test", "dev")
@@ -26,13 +26,16 @@ _HERE = Path(__file__).parent
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:  # the suite reads its own arguments
+    if argv[:1] == ["bench"]:  # it reads its own arguments, as tune does
         return bench(argv[1:])
+    if argv[:1] == ["tune"]:
+        return tune.main(argv[1:])
     parser = argparse.ArgumentParser(prog="fastpeft", description="Fast kernels for parameter-efficient fine-tuning.")
     parser.add_argument("--version", action="version", version=f"fastpeft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("doctor", help="what this machine has, and what fastpeft will run on it")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    commands.add_parser("tune", help="measure which way is fastest on this machine, and keep it (tune --help)")
     commands.add_parser("bench", help="measure fastpeft against Hugging Face PEFT (bench --help lists the choices)")
     return doctor(parser.parse_args(argv).json)
 
