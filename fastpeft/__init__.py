@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from . import nn, ops
 from .backends.choice import backend
-from .backends.plans import plan
+from .backends.plans import plan, warn_if_ignored
 from .native import warn_if_missing
 from .weight4bit import Weight4bit
 
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = ["Weight4bit", "apply", "backend", "nn", "ops", "plan", "quantize", "revert"]
 
 warn_if_missing()
+warn_if_ignored()
 
 
 def apply(model: torch.nn.Module) -> Report:

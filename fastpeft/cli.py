@@ -1,4 +1,4 @@
-"""The command line: `fastpeft doctor` and `fastpeft bench`."""
+"""The command line: `fastpeft doctor`, `fastpeft tune` and `fastpeft bench`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _build, machine, native, ops
+from . import __version__, _build, machine, native, ops, tune
 from .backends import plans
 
 EXTRAS = ("bench", "test", "dev")
@@ -26,13 +26,16 @@ _HERE = Path(__file__).parent
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:  # the suite reads its own arguments
+    if argv[:1] == ["bench"]:  # it reads its own arguments, as tune does
         return bench(argv[1:])
+    if argv[:1] == ["tune"]:
+        return tune.main(argv[1:])
     parser = argparse.ArgumentParser(prog="fastpeft", description="Fast kernels for parameter-efficient fine-tuning.")
     parser.add_argument("--version", action="version", version=f"fastpeft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("doctor", help="what this machine has, and what fastpeft will run on it")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    commands.add_parser("tune", help="measure which way is fastest on this machine, and keep it (tune --help)")
     commands.add_parser("bench", help="measure fastpeft against Hugging Face PEFT (bench --help lists the choices)")
     return doctor(parser.parse_args(argv).json)
 
@@ -65,7 +68,7 @@ def diagnose() -> dict[str, Any]:
         "cpu_module_isa": module.isa() if module else None,
         "cuda_module": native.cuda().__file__ if native.cuda() else None,
         "cuda_module_missing": native.why_not_cuda(),
-        "plan": plans.current.kind,
+        "plan": plans.current.about(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FASTPEFT_")},
         "backends": ops.backends(),
         "extras_missing": {extra: _missing(extra) for extra in EXTRAS},
@@ -86,11 +89,10 @@ def _as_text(found: dict[str, Any]) -> str:
         ("environment", " ".join(f"{key}={value}" for key, value in found["environment"].items()) or "no FASTPEFT_*"),
     ]
     if found["cpu_module"]:
-        kernels = f"{found['cpu_module_isa']}, plans of kind {found['plan']}"
-        kernels += f"; FASTPEFT_CPU_ISA takes {', '.join(found['cpu_module_isas'])}"
+        kernels = f"{found['cpu_module_isa']}; FASTPEFT_CPU_ISA takes {', '.join(found['cpu_module_isas'])}"
     else:
         kernels = f"{'BROKEN' if found['broken'] else 'missing'}: {found['cpu_module_missing']}"
-    rows.append(("cpu kernels", kernels))
+    rows += [("cpu kernels", kernels), ("plans", _plan(found))]
     rows.append(("cuda kernels", "built" if found["cuda_module"] else f"missing: {found['cuda_module_missing']}"))
     for op, backends in found["backends"].items():
         usable = [name for name, reason in backends.items() if reason is None]
@@ -101,6 +103,20 @@ def _as_text(found: dict[str, Any]) -> str:
         rows.append((f"extra [{extra}]", f"missing {_names(absent)}" if absent else "complete"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _plan(found: dict[str, Any]) -> str:
+    plan, own = found["plan"], found["plan"]["own"]
+    if own is None:
+        text = f"of kind {plan['kind']}, built in ({plan['built_in']})"
+        if plan["named"]:
+            return f"{text}, by FASTPEFT_PLAN, with which no file of one's own is read"
+        return f"{text}; {plan['ignored']}" if plan["ignored"] else text
+    text = f"of kind {plan['kind']} with this machine's own, measured {own['measured'].replace('T', ' ')[:16]}"
+    since = [("torch", own["torch"], found["torch"]), ("fastpeft", own["fastpeft"], found["fastpeft"])]
+    since.append(("threads", own["threads"], found["threads"]))
+    text += f" with torch {own['torch']} ({plan['file']})"
+    return text + "".join(f"; {name} was {then}, is {now}" for name, then, now in since if then != now)
 
 
 def _see(reason: str, found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import os
 import platform
 import re
@@ -66,6 +67,19 @@ def cpu_class() -> str:
     best = next((name for name in ("AVX512-BF16", "AVX512", "AVX2", "SVE", "NEON") if name in info["isa"]), "baseline")
     amx = "AMX" if info["amx"] else "no AMX"
     return f"{maker} {info['architecture']}, {best}, {amx}".strip()
+
+
+def run_delay() -> float | None:
+    """Seconds that this process's threads have waited for a CPU so far; None where the system does not tell."""
+    total, found = 0, False
+    for path in glob.glob("/proc/self/task/*/schedstat"):
+        try:
+            with open(path) as file:
+                total += int(file.read().split()[1])  # time on CPU, *run delay*, time slices; ns
+            found = True
+        except (OSError, IndexError, ValueError):
+            pass  # a thread that has just ended
+    return total / 1e9 if found else None
 
 
 def gpus() -> list[str]:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("FASTPEFT_")}
+    kept["FASTPEFT_PLANS_FILE"] = ""
     return subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True)
 
 

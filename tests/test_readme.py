@@ -94,7 +94,7 @@ def test_commands_exist(name):
         assert importlib.util.find_spec(module), f"{name}: no module {module}"
     for file in set(re.findall(r"\b(?:python|bash|pytest) ((?:tests|benches|\.ci)/[\w./]+)", text)):
         assert (ROOT / file).exists(), f"{name}: no file {file}"
-    for command in set(re.findall(r"fastpeft (doctor|bench|[a-z]+ --[a-z]+)\b", text)):
+    for command in set(re.findall(r"fastpeft (doctor|bench|tune|[a-z]+ --[a-z]+)\b", text)):
         ran = subprocess.run(
             [sys.executable, "-m", "fastpeft", *command.split()[:1], "--help"], capture_output=True, text=True
         )

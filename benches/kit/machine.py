@@ -70,6 +70,7 @@ def describe(device: str = "cpu") -> dict[str, object]:
     module = native.cpu()
     machine: dict[str, object] = {
         "kind": plans.kind(),
+        "own_plans": (plans.current.about()["own"] or {}).get("cpu"),  # measured on the machine itself; None: built in
         "cpu": cpu()["model"],
         "family": "/".join(cpuinfo().get(k, "?") for k in ("cpu family", "model", "stepping")),
         "isa": [flag for flag in _FLAGS if flag in cpu_flags()],

@@ -13,7 +13,6 @@ shows is noise, and where its interval leaves 0.98-1.02 nothing is claimed from 
 
 from __future__ import annotations
 
-import glob
 import math
 import random
 import time
@@ -23,6 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from fastpeft.machine import run_delay
 
 DELAY_LIMIT = 0.004  # share of a round spent waiting for a CPU above which it is dropped
 ROUNDS_NEEDED = 30  # undisturbed rounds; where there are fewer, disturbed ones count too
@@ -67,19 +68,6 @@ class Estimate:
 
 
 UNDEFINED = Estimate(math.nan, math.nan, math.nan)
-
-
-def run_delay() -> float | None:
-    """Seconds that this process's threads have waited for a CPU so far; None where the system does not tell."""
-    total, found = 0, False
-    for path in glob.glob("/proc/self/task/*/schedstat"):
-        try:
-            with open(path) as file:
-                total += int(file.read().split()[1])  # time on CPU, *run delay*, time slices; ns
-            found = True
-        except (OSError, IndexError, ValueError):
-            pass  # a thread that has just ended
-    return total / 1e9 if found else None
 
 
 def time_cpu(function: Callable[[], object], calls: int) -> float:

@@ -58,7 +58,8 @@ static void set_isa_by_name(const std::string& wanted) {
 
 // rows: (instruction set, few_rows, few_rows_4bit), each with a number for float32, bfloat16 and float16
 using Rows = std::tuple<std::string, std::array<int64_t, 3>, std::array<int64_t, 3>>;
-static void set_plan(const std::vector<Rows>& rows, int64_t few_rows_untiled, int64_t few_rows_transposed, bool dot) {
+static void set_plan(const std::vector<Rows>& rows, int64_t few_rows_untiled, int64_t few_rows_transposed, bool dot,
+                     double parallel_work) {
   Plan next;
   for (const auto& [isa_name, few_rows, few_rows_4bit] : rows) {
     Isa isa;
@@ -66,7 +67,8 @@ static void set_plan(const std::vector<Rows>& rows, int64_t few_rows_untiled, in
     std::copy_n(few_rows.begin(), 3, next.few_rows[(int)isa]);
     std::copy_n(few_rows_4bit.begin(), 3, next.few_rows_4bit[(int)isa]);
   }
-  next.few_rows_untiled = few_rows_untiled, next.few_rows_transposed = few_rows_transposed, next.dot = dot;
+  next.few_rows_untiled = few_rows_untiled, next.few_rows_transposed = few_rows_transposed;
+  next.dot = dot, next.parallel_work = parallel_work;
   plan = next;
 }
 
@@ -82,7 +84,7 @@ PYBIND11_MODULE(_cpu_checked, m) {
   m.def("isas", isas, "Instruction sets compiled in that run on this machine, worst to best.");
   m.def("isa", [] { return std::string(name(current_isa())); }, "The instruction set in use.");
   m.def("set_isa", set_isa_by_name, "name"_a);
-  m.def("set_plan", set_plan, "rows"_a, "few_rows_untiled"_a, "few_rows_transposed"_a, "dot"_a);
+  m.def("set_plan", set_plan, "rows"_a, "few_rows_untiled"_a, "few_rows_transposed"_a, "dot"_a, "parallel_work"_a);
   m.def("set_books", set_books, "nf4"_a, "fp4"_a, "map"_a, "The code books of 4-bit weights, float32 on the CPU.");
   m.def("set_allocator", set_allocator, "f"_a.none(true));
   define_lora_linear(m);
