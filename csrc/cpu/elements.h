@@ -13,8 +13,9 @@
 //   Book         16 floats: load_book(p);  Codes: W dwords of 8 four-bit codes each: load_codes(p)
 //   pick(book, codes, shift)        V: book[dword >> shift & 15], shift a constant
 //   unpack(book, p) lookup(table, p)   V: of W codes in W/2 bytes, the first in the high half; of W bytes, table[p[i]]
-//   NarrowBook   narrow_book<T>(book, scale): book · scale, each rounded to 16-bit T; unpack(out, narrow, p): of 32 codes
-//   where FASTPEFT_DOT is defined, for bf16x2 too: load(p) set1(e) fma(a, b, c), 2 W products of bf16 into W sums;
+//   NarrowBook   narrow_book<T>(book, scale): book · scale, each rounded to 16-bit T; unpack(out, narrow, p): of 32
+//   codes where FASTPEFT_DOT is defined, for bf16x2 too: load(p) set1(e) fma(a, b, c), 2 W products of bf16 into W
+//   sums;
 //                load_elements(p, n): n <= 2W numbers, zeros behind them;
 //                zip(out, a, b, n), zip_rounded(out, a, b): pairs out of two rows
 #pragma once

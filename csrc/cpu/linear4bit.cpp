@@ -110,8 +110,8 @@ void direct(float* out, const Reader& reader, int64_t group, const float* scales
     for (int m = 0; m < M; ++m) store(out + m * PAIR + v * W, total[v][m]);
 }
 
-// tile[k - k0, n] = W[n, k] rounded to T for 16 rows of a tiled group, k0 <= k < k1 (multiples of 8); the tile's rows are
-// PAIR apart
+// tile[k - k0, n] = W[n, k] rounded to T for 16 rows of a tiled group, k0 <= k < k1 (multiples of 8); the tile's rows
+// are PAIR apart
 template <class T>
 FP_INLINE void decode(T* tile, const Reader& reader, int64_t group, const float* scales, int64_t k0, int64_t k1) {
   const uint8_t* p = reader.tile(group) + k0 * ROWS4 / 2;
@@ -308,7 +308,7 @@ int linear4bit_grad_small(const Linear4bitGradSmall& d) {
   Workspace work;
   if (!work.allocate(Workspace::size(tiled / TERMS<E> * lanes) + Workspace::size(tail * lanes) + threads * of_thread))
     return OUT_OF_MEMORY;
-  E* dyt = work.take<E>(tiled / TERMS<E> * lanes);                              // [N / TERMS, M] for rows of W in tiles
+  E* dyt = work.take<E>(tiled / TERMS<E> * lanes);  // [N / TERMS, M] for rows of W in tiles
   float *dyt_tail = work.take(tail * lanes), *own = work.take(threads * of_thread);  // [N, M] for the others
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -370,7 +370,9 @@ int linear4bit_grad_small(const Linear4bitGradSmall& d) {
 
 // ---- the table ----
 
-int linear4bit_grad_small_any(const Linear4bitGradSmall& d) { FASTPEFT_BY_ELEMENT(linear4bit_grad_small, d, d.dy.dtype); }
+int linear4bit_grad_small_any(const Linear4bitGradSmall& d) {
+  FASTPEFT_BY_ELEMENT(linear4bit_grad_small, d, d.dy.dtype);
+}
 int linear4bit_small_any(const Linear4bitSmall& d) { FASTPEFT_BY_DTYPE(linear4bit_small, d, d.x.dtype); }
 int dequantize_any(const Linear4bitDequantize& d) { FASTPEFT_BY_DTYPE(dequantize, d, d.out.dtype); }
 

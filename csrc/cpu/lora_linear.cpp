@@ -203,11 +203,11 @@ int down(const LoraLinearDown& d) {
       float* sums = partial + cell.col * M * lanes;
       for (int64_t i = cell.m_begin() * lanes; i < cell.m_end() * lanes; i += W) store(sums + i, zero());
       const auto next_tile = [&](int64_t i) {
-        return NextTile<T, E>(tiles[i % 2], true, false, x, d.x.ld, cell.along_rows(i));
+        return NextTile<T, E>(tiles[i % 2], true, false, x, d.x.ld, cell.in_strips(i));
       };
       next_tile(0).finish();
       for (int64_t i = 0; i < cell.count; ++i) {
-        const TileAt t = cell.along_rows(i);
+        const TileAt t = cell.in_strips(i);
         const E* tile = tiles[i % 2].along;
         auto next = next_tile(i + 1);
         const E* block = at;
@@ -279,14 +279,16 @@ int up(const LoraLinearUp& u) {
     for (int c = omp_get_thread_num(); c < grid.cells(); c += omp_get_num_threads()) {
       const Cell cell(grid, c);
       E* st = s_ranks + c * Workspace::size(J * MB);
+      int64_t rows_of_st = -1;
       for (int64_t i = 0; i < cell.count; ++i) {
-        const TileAt t = cell.along_rows(i);
-        if (t.k0 == cell.k_begin()) {
+        const TileAt t = cell.in_strips(i);
+        if (t.m0 != rows_of_st) {
+          rows_of_st = t.m0;
           if (R) ranks_along(st, s + t.m0 * u.s.ld, u.s.ld, t.rows, R);
           if (J > ranks)
             for (int m = 0; m < t.rows; ++m) st[ranks * MB + m] = one_of<E>();
         }
-        NextLines<T> next(y, u.y.ld, cell.along_rows(i + 1));
+        NextLines<T> next(y, u.y.ld, cell.in_strips(i + 1));
         add_product(y + t.m0 * u.y.ld + t.k0, u.y.ld, st, ct + t.k0 * J, t.rows, J, t.cols, scratch, next);
       }
     }
@@ -340,11 +342,11 @@ int grad_up(const LoraLinearGradUp& u) {
       for (int64_t i = cell.m_begin() * lanes; i < cell.m_end() * lanes; i += W) store(sums + i, zero());
       for (int64_t i = cell.k_begin() * J; i < round_up(cell.k_end(), KC) * J; i += W) store(g + i, zero());
       const auto next_tile = [&](int64_t i) {
-        return NextTile<T, E>(tiles[i % 2], wants_t, J > 0, dy, u.dy.ld, cell.along_rows(i));
+        return NextTile<T, E>(tiles[i % 2], wants_t, J > 0, dy, u.dy.ld, cell.in_strips(i));
       };
       next_tile(0).finish();
       for (int64_t i = 0; i < cell.count; ++i) {
-        const TileAt at = cell.along_rows(i);
+        const TileAt at = cell.in_strips(i);
         const Tile<E>& tile = tiles[i % 2];
         auto next = next_tile(i + 1);
         if (wants_t)
@@ -457,13 +459,13 @@ int grad_down(const LoraLinearGradDown& d) {
       float* g = grad + cell.row * R * whole;
       for (int64_t i = cell.k_begin() * R; wants_da && i < round_up(cell.k_end(), KC) * R; i += W) store(g + i, zero());
       const auto next_tile = [&](int64_t i) {
-        const TileAt at = cell.along_rows(i), none{0, 0, 0, 0};
+        const TileAt at = cell.in_strips(i), none{0, 0, 0, 0};
         return Both<NextTile<T, E>, NextLines<T>>{{tiles[i % 2], (bool)mask, !mask, x, d.x.ld, wants_da ? at : none},
                                                   {dx, d.dx.ld, wants_dx ? at : none}};
       };
       next_tile(0).first.finish();
       for (int64_t i = 0; i < cell.count; ++i) {
-        const TileAt at = cell.along_rows(i);
+        const TileAt at = cell.in_strips(i);
         const Tile<E>& tile = tiles[i % 2];
         const E *t_along = along + at.m0 * J, *t_across = across + at.m0 / MB * R * DEPTH, *rows_a = a + at.k0 * J;
         const int vecs = (int)blocks(at.cols, W);
