@@ -182,7 +182,7 @@ def entries() -> Iterator[Entry]:
     calls = _layers([("4 bits", (2 * big[0], big[1]), fp32)], gradients=True)  # more than any slab
     yield Entry("slab", "elements_4bit", [1 << i for i in range(19, 23)], _many, calls, gemms)
     if native.cpu().isa() == "avx512bf16":
-        calls = _layers([("4 bits", shape, bf16) for shape in SHAPES])
+        calls = _layers([(storage, shape, bf16) for storage in ("4 bits", "dense") for shape in SHAPES])
         yield Entry("dot", None, [False, True], lambda old, new: 16, calls, few)
     for dtype in (fp32, bf16, torch.float16):  # the least used last, when little time may be left
         name = str(dtype).removeprefix("torch.")
