@@ -16,6 +16,13 @@ struct Matrix {
   int dtype;
 };
 
+inline int64_t size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+// its columns from `first` on
+inline Matrix columns(const Matrix& m, int64_t first) {
+  return {m.data ? (char*)m.data + first * size_of(m.dtype) : nullptr, m.ld, m.dtype};
+}
+
 struct Vector {
   const void* data;  // null: absent
   int dtype;
@@ -25,6 +32,8 @@ struct Scale {
   const float* data;
   int64_t stride;  // 1: one value a rank; 0: one value for all
 };
+
+inline Scale columns(const Scale& s, int64_t first) { return {s.data ? s.data + first * s.stride : nullptr, s.stride}; }
 
 // How a call runs: on so many threads, but on one below so many multiply-adds, where waking the others costs more than
 // the work; and whether bf16 takes the dot product of pairs, at the instruction set that has one.

@@ -44,14 +44,6 @@ void load_adapter(D* lanes, int64_t ld, const Matrix& m, int64_t row, int64_t ro
   load_adapter_rows<T>(lanes, ld, (const f16*)p, m.ld, rows, R, scale);
 }
 
-// its columns from `column` on
-inline Matrix columns_from(const Matrix& m, int64_t column) {
-  return {(void*)element(m.data, m.dtype, column), m.ld, m.dtype};
-}
-inline Scale columns_from(Scale scale, int64_t column) {
-  return {scale.data ? scale.data + column * scale.stride : nullptr, scale.stride};
-}
-
 // out[r / TERMS, j] = the elements along r of adapter[row + j, r0 + r] · scale, j < rows <= KC, r < R, each a whole
 // vector of them; rows of out are ld apart
 template <class T, class E>
@@ -61,7 +53,7 @@ void load_adapter_along(E* out, int64_t ld, const Matrix& m, int64_t row, int64_
   alignas(64) Number<E> part[KC * SOME];
   for (int64_t r = 0; r < R; r += SOME) {
     const int64_t n = smaller(SOME, R - r);
-    load_adapter<T>(part, SOME, columns_from(m, r0 + r), row, rows, n, columns_from(scale, r));
+    load_adapter<T>(part, SOME, columns(m, r0 + r), row, rows, n, columns(scale, r));
     transpose(out + r / TERMS<E> * ld, ld, part, SOME, rows, n);
   }
 }
@@ -79,8 +71,8 @@ void load_adapter_across(E* out, int64_t ld, const Matrix& m, int64_t row, int64
         const int64_t some = smaller(KC, ld - r), n = r < R ? smaller(KC, R - r) : 0;
         const int count = j + 1 < rows ? 2 : 1;
         memset(two, 0, sizeof two);
-        if (n) load_adapter<T>(two, KC, columns_from(m, r), row + j, count, n, columns_from(scale, r));
-        zip_rows(out + r, two, two + KC, some);
+        if (n) load_adapter<T>(two, KC, columns(m, r), row + j, count, n, columns(scale, r));
+        zip_rows(out + r, ld, two, KC, 2, some);
       }
   }
 }

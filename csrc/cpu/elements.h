@@ -14,13 +14,19 @@
 //   pick(book, codes, shift)        V: book[dword >> shift & 15], shift a constant
 //   unpack(book, p) lookup(table, p)   V: of W codes in W/2 bytes, the first in the high half; of W bytes, table[p[i]]
 //   NarrowBook   narrow_book<T>(book, scale): book · scale, each rounded to 16-bit T; unpack(out, narrow, p): of 32
-//   codes where FASTPEFT_DOT is defined, for bf16x2 too: load(p) set1(e) fma(a, b, c), 2 W products of bf16 into W
-//   sums;
-//                load_elements(p, n): n <= 2W numbers, zeros behind them;
+//   codes
+//
+// Where FASTPEFT_DOT is defined, also:
+//   Pairs        W bf16x2: load(p) store(p, v) set1(e), bits(v): those of a V
+//                load_pairs(p, n): of n numbers, zeros behind them; n <= 0: all zeros, nothing is read
 //                zip(out, a, b, n), zip_rounded(out, a, b): pairs out of two rows
+//   fma(a, b, c) the products of pairs a and b added to c, a V
+//   pick(narrow, codes, shift)      Pairs: narrow[dword >> shift & 15] and narrow[dword >> shift >> 16 & 15]
 #pragma once
 #include <stdint.h>
 #include <string.h>
+
+#include <type_traits>
 
 #include "../tensor.h"
 
@@ -50,28 +56,12 @@ constexpr int TERMS = 1;
 template <>
 constexpr int TERMS<bf16x2> = 2;
 template <class E>
-struct NumberOf {
-  using type = E;
-};
-template <>
-struct NumberOf<bf16x2> {
-  using type = bf16;
-};
-template <class E>
-using Number = typename NumberOf<E>::type;
+using Number = std::conditional_t<TERMS<E> == 2, bf16, E>;
 
 // What s and t lie in where the compute dtype is T, and to what adapters are rounded (ranks_dtype): fp16's range is too
 // small for them.
 template <class T>
-struct RanksOf {
-  using type = T;
-};
-template <>
-struct RanksOf<f16> {
-  using type = float;
-};
-template <class T>
-using Ranks = typename RanksOf<T>::type;
+using Ranks = std::conditional_t<std::is_same_v<T, f16>, float, T>;
 
 }  // namespace
 
@@ -87,21 +77,11 @@ using Ranks = typename RanksOf<T>::type;
   }                                            \
   return BAD_DTYPE
 
-// the same for a kernel that is multiplied in fp32, or for bf16, where the call says so, in dot products of pairs
+// the same for a kernel of T and E that multiplies bf16 by dot products of pairs where the call says so
 #ifdef FASTPEFT_DOT
 #define FASTPEFT_BY_ELEMENT(kernel, args, dtype)                              \
   if ((dtype) == BFLOAT16 && args.way.dot) return kernel<bf16, bf16x2>(args); \
-  FASTPEFT_IN_FP32(kernel, args, dtype)
+  FASTPEFT_BY_DTYPE(kernel, args, dtype)
 #else
-#define FASTPEFT_BY_ELEMENT(kernel, args, dtype) FASTPEFT_IN_FP32(kernel, args, dtype)
+#define FASTPEFT_BY_ELEMENT FASTPEFT_BY_DTYPE
 #endif
-#define FASTPEFT_IN_FP32(kernel, args, dtype) \
-  switch (dtype) {                            \
-    case FLOAT32:                             \
-      return kernel<float, float>(args);      \
-    case BFLOAT16:                            \
-      return kernel<bf16, float>(args);       \
-    case FLOAT16:                             \
-      return kernel<f16, float>(args);        \
-  }                                           \
-  return BAD_DTYPE

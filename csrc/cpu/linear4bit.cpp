@@ -128,14 +128,15 @@ FP_INLINE void decode(T* tile, const Reader& reader, int64_t group, const float*
   }
 }
 
-template <class T>
+template <class T, class E = float>
 int linear4bit_small(const Linear4bitSmall& d) {
   const Reader reader(d.w);
   const int64_t M = d.M, K = d.w.K, N = d.w.N, R = d.R;
   if (M == 0 || N == 0) return OK;
-  const bool is_dot = HAS_DOT<T> && d.way.dot, is_direct = !is_dot && M <= DIRECT_M;
+  constexpr bool IS_DOT = TERMS<E> == 2;
+  const bool is_direct = !IS_DOT && M <= DIRECT_M;
   const int64_t groups = reader.tiled_rows / ROWS4, tail = N - reader.tiled_rows,
-                xm = is_dot      ? DOT_ROWS
+                xm = IS_DOT      ? DOT_ROWS
                      : is_direct ? M
                                  : XM;
   const int64_t ldx = round_up(K, W), lds = round_up(R, W), x_blocks = blocks(M, xm);
@@ -160,7 +161,7 @@ int linear4bit_small(const Linear4bitSmall& d) {
   float* own = work.take(threads * of_thread);
 
   // the pairs of a block of rows, in the room of its transpose: half of it
-  [[maybe_unused]] const auto pairs_of = [&](int64_t b) { return (uint32_t*)(xt + b * K * xm); };
+  [[maybe_unused]] const auto pairs_of = [&](int64_t b) { return (bf16x2*)(xt + b * K * xm); };
 
   const auto run = [&] {
     const int me = omp_get_thread_num(), team = omp_get_num_threads();
@@ -173,13 +174,12 @@ int linear4bit_small(const Linear4bitSmall& d) {
       convert_row(xf + m * ldx + k0, x + m * d.x.ld + k0, k1 - k0);
     }
     for (int64_t b = 0; b < x_blocks && k0 < k1 && groups; ++b) {
-      if constexpr (HAS_DOT<T>) {
-        if (is_dot) {
-          pair_up(pairs_of(b), x + b * xm * d.x.ld, d.x.ld, smaller(xm, M - b * xm), k0, k1);
-          continue;
-        }
-      }
-      transpose(xt + (b * K + k0) * xm, xm, x + b * xm * d.x.ld + k0, d.x.ld, smaller(xm, M - b * xm), k1 - k0);
+      const int64_t rows = smaller(xm, M - b * xm);
+      const T* from = x + b * xm * d.x.ld;
+      if constexpr (IS_DOT)
+        pair_up(pairs_of(b), from, d.x.ld, rows, k0, k1);
+      else
+        transpose(xt + (b * K + k0) * xm, xm, from + k0, d.x.ld, rows, k1 - k0);
     }
 #pragma omp barrier
 
@@ -225,13 +225,11 @@ int linear4bit_small(const Linear4bitSmall& d) {
       const int64_t first = 2 * pair, count = smaller(2, groups - first), n0 = first * ROWS4;
       const float* scales[2];
       for (int64_t g = 0; g < count; ++g) scales[g] = reader.group_scales(first + g, scale_room + g * scale_floats);
-      if (is_dot) {
-        if constexpr (HAS_DOT<T>) {
-          for (int64_t g = 0; g < count; ++g)
-            for (int64_t b = 0; b < x_blocks; ++b)
-              dot_rows_of(smaller(xm, M - b * xm), out + b * xm * PAIR + g * ROWS4, PAIR, reader, first + g, scales[g],
-                          pairs_of(b));
-        }
+      if constexpr (IS_DOT) {
+        for (int64_t g = 0; g < count; ++g)
+          for (int64_t b = 0; b < x_blocks; ++b)
+            dot_rows_of(smaller(xm, M - b * xm), out + b * xm * PAIR + g * ROWS4, PAIR, reader, first + g, scales[g],
+                        pairs_of(b));
       } else if (is_direct) {
         for (int64_t g = 0; g < count; ++g) {
           float* to = out + g * ROWS4;
@@ -295,7 +293,7 @@ int linear4bit_small(const Linear4bitSmall& d) {
 // ---- few rows of dy: dx = dy W ----
 
 // Vectors lie along the rows m, each thread owns columns k and takes them a panel at a time. Pairs lie along n.
-template <class T, class E>
+template <class T, class E = float>
 int linear4bit_grad_small(const Linear4bitGradSmall& d) {
   constexpr int64_t PANEL = 512;  // columns: 4 KB of a group's codes in one run, sums that stay in L1 or close to it
   const Reader reader(d.w);
@@ -373,7 +371,7 @@ int linear4bit_grad_small(const Linear4bitGradSmall& d) {
 int linear4bit_grad_small_any(const Linear4bitGradSmall& d) {
   FASTPEFT_BY_ELEMENT(linear4bit_grad_small, d, d.dy.dtype);
 }
-int linear4bit_small_any(const Linear4bitSmall& d) { FASTPEFT_BY_DTYPE(linear4bit_small, d, d.x.dtype); }
+int linear4bit_small_any(const Linear4bitSmall& d) { FASTPEFT_BY_ELEMENT(linear4bit_small, d, d.x.dtype); }
 int dequantize_any(const Linear4bitDequantize& d) { FASTPEFT_BY_DTYPE(dequantize, d, d.out.dtype); }
 
 }  // namespace

@@ -9,39 +9,31 @@
 
 namespace {
 
-template <class T>
-constexpr bool HAS_DOT = false;
 constexpr int DOT_ROWS = 16;  // rows of x at a time
 constexpr int DOT_PAIRS = CODES4 / 2;
 
 #ifdef FASTPEFT_DOT
-template <>
-constexpr bool HAS_DOT<bf16> = true;
-
 // pairs[k / 8, j, m] = x[m, k + j] and x[m, k + j + 4], k0 <= k < k1 (multiples of 8), m < rows; zeros up to DOT_ROWS
-FP_INLINE void pair_up(uint32_t* pairs, const bf16* x, int64_t ld, int64_t rows, int64_t k0, int64_t k1) {
+FP_INLINE void pair_up(bf16x2* pairs, const bf16* x, int64_t ld, int64_t rows, int64_t k0, int64_t k1) {
   for (int64_t k = k0; k < k1; k += CODES4)
     for (int j = 0; j < DOT_PAIRS; ++j)
       for (int64_t m = 0; m < DOT_ROWS; ++m) {
         const bf16* p = x + m * ld + k + j;
-        pairs[(k / CODES4 * DOT_PAIRS + j) * DOT_ROWS + m] =
-            m < rows ? p[0].bits | (uint32_t)p[DOT_PAIRS].bits << 16 : 0u;
+        pairs[(k / CODES4 * DOT_PAIRS + j) * DOT_ROWS + m] = {m < rows ? p[0].bits | (uint32_t)p[DOT_PAIRS].bits << 16
+                                                                       : 0u};
       }
 }
 
 // out[m, n] = Σ_k x[m, k] · W[n, k] for M rows (those of `pairs`) and the 16 rows of a tiled group; out's are ld apart
 template <int M>
-void dot_group(float* out, int64_t ld, const Reader& reader, int64_t group, const float* scales,
-               const uint32_t* pairs) {
+void dot_group(float* out, int64_t ld, const Reader& reader, int64_t group, const float* scales, const bf16x2* pairs) {
   constexpr int CHAINS = M >= 8 ? 1 : M >= 4 ? 2 : 4;
   // Rounded to bf16 as it is, NF4's book has errors of one sign that do not average out (2.6 times a dense weight's
   // where x has a mean); multiplied by this factor, which the block's scale takes back, 0.7 times. FP4's is exact in
   // twelfths.
   const float factor = reader.w.codebook[ROWS4 - 1] == 1.0f ? 1.287098f : 12.0f;
-  const V book_values = mul(reader.book.values, set1(factor)), unscale = set1(1.0f / factor);
-  alignas(64) bf16 twice[2 * ROWS4];
-  store2(twice, book_values, book_values);
-  const __m512i book = _mm512_load_si512(twice);
+  const V unscale = set1(1.0f / factor);
+  const NarrowBook book = narrow_book<bf16>(reader.book, factor);
   const uint8_t* p = reader.tile(group);
   for (int m = 0; m < M; ++m) store(out + m * ld, zero());
   for (int64_t i = 0; i < reader.w.K / reader.step; ++i, scales += ROWS4) {
@@ -55,11 +47,9 @@ void dot_group(float* out, int64_t ld, const Reader& reader, int64_t group, cons
       const Codes codes = load_codes(p);
 #pragma GCC unroll 4
       for (int j = 0; j < DOT_PAIRS; ++j) {
-        const __m512i w = _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, (unsigned)ODD_EVEN[j]), book);
+        const Pairs w = pick(book, codes, ODD_EVEN[j]);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m)
-          acc[m][j % CHAINS] = _mm512_dpbf16_ps(acc[m][j % CHAINS], (__m512bh)w,
-                                                (__m512bh)_mm512_set1_epi32((int)pairs[j * DOT_ROWS + m]));
+        for (int m = 0; m < M; ++m) acc[m][j % CHAINS] = fma(w, set1(pairs[j * DOT_ROWS + m]), acc[m][j % CHAINS]);
       }
     }
     const V scale = mul(load(scales), unscale);
@@ -73,7 +63,7 @@ void dot_group(float* out, int64_t ld, const Reader& reader, int64_t group, cons
 }
 
 void dot_rows_of(int64_t rows, float* out, int64_t ld, const Reader& reader, int64_t group, const float* scales,
-                 const uint32_t* pairs) {
+                 const bf16x2* pairs) {
   if (rows > 8) return dot_group<16>(out, ld, reader, group, scales, pairs);
   if (rows > 4) return dot_group<8>(out, ld, reader, group, scales, pairs);
   if (rows > 2) return dot_group<4>(out, ld, reader, group, scales, pairs);

@@ -26,7 +26,7 @@ using namespace fastpeft;
 struct Group {
   const Projection* first;
   int count;
-  int64_t R, offset;  // ranks, and ranks of the groups before it
+  int64_t R;
   bool wants_da;
 };
 
@@ -35,9 +35,8 @@ struct Groups {
   int total, count;
   Groups(const Projection* p, int n, bool dropout) : projections(p), total(n), count(dropout ? n : n > 0) {}
   Group operator[](int g) const {
-    Group group{projections, total, 0, 0, false};
+    Group group{projections, total, 0, false};
     if (count == total) group.first = projections + g, group.count = 1;
-    for (const Projection* p = projections; p < group.first; ++p) group.offset += p->R;
     for (int i = 0; i < group.count; ++i) group.R += group.first[i].R, group.wants_da |= group.first[i].da != nullptr;
     return group;
   }
@@ -67,13 +66,7 @@ void add_parts(T* out, const float* partial, int parts, int64_t stride, int64_t 
   }
 }
 
-// out[r / TERMS, m] = the elements along the ranks of s[m, r], m < rows <= MB; out's rows are MB apart
-template <class E, class S>
-void ranks_along(E* out, const S* s, int64_t ld, int64_t rows, int64_t R) {
-  transpose(out, MB, s, ld, rows, R);
-}
-
-// out[r, m / TERMS] = the elements across the rows m of s[m, r]; out's rows are MB / TERMS apart
+// out[r, m / TERMS] = the elements across the rows m of s[m, r], m < rows <= MB; out's rows are MB / TERMS apart
 template <class E, class S>
 void ranks_across(E* out, const S* s, int64_t ld, int64_t rows, int64_t R) {
   if constexpr (TERMS<E> == 1) {
@@ -83,8 +76,7 @@ void ranks_across(E* out, const S* s, int64_t ld, int64_t rows, int64_t R) {
     alignas(64) E across[PAIRS * KC];
     for (int64_t r = 0; r < R; r += KC) {
       const int64_t n = smaller(KC, R - r);
-      for (int64_t m = 0; m < rows; m += 2)
-        zip_rows(across + m / 2 * KC, s + m * ld + r, m + 1 < rows ? s + (m + 1) * ld + r : nullptr, n);
+      zip_rows(across, KC, s + r, ld, rows, n);
       transpose((float*)(out + r * PAIRS), PAIRS, (const float*)across, KC, blocks(rows, 2), n);
     }
   }
@@ -101,16 +93,16 @@ E one_of() {
 void bias_row(float* b_row, const float* bias, int64_t n) { memcpy(b_row, bias, (size_t)n * sizeof(float)); }
 #ifdef FASTPEFT_DOT
 void bias_row(bf16x2* b_row, const float* bias, int64_t n) {  // in two parts: 16 bits of a float's 24
-  alignas(64) bf16 high[KC], low[KC];
+  alignas(64) bf16 parts[2 * KC];
   float rest[KC];
-  convert_row(high, bias, n);
-  convert_row(rest, high, n);
+  convert_row(parts, bias, n);
+  convert_row(rest, parts, n);
   for (int64_t i = 0; i < n; ++i) {
     const float left = bias[i] - rest[i];
     rest[i] = left == left ? left : 0.0f;  // none of what is not finite
   }
-  convert_row(low, rest, n);
-  zip_rows(b_row, high, low, n);
+  convert_row(parts + KC, rest, n);
+  zip_rows(b_row, KC, parts, KC, 2, n);
 }
 #endif
 
@@ -118,10 +110,7 @@ void bias_row(bf16x2* b_row, const float* bias, int64_t n) {  // in two parts: 1
 void across_of(Tile<float>&, int, int) {}
 #ifdef FASTPEFT_DOT
 void across_of(Tile<bf16x2>& tile, int rows, int cols) {
-  constexpr int LD = 2 * ALONG_LD<bf16x2>;
-  const bf16* row = (const bf16*)tile.along;
-  for (int m = 0; m < rows; m += 2, row += 2 * LD)
-    zip_rows(tile.across + m / 2 * TILE_LD, row, m + 1 < rows ? row + LD : nullptr, cols);
+  zip_rows(tile.across, TILE_LD, (const bf16*)tile.along, 2 * ALONG_LD<bf16x2>, rows, cols);
 }
 #endif
 
@@ -155,7 +144,7 @@ void row_from_float(void* dst, int dtype, const float* src, int64_t n) {
 
 // ---- down ----
 
-template <class T, class E>
+template <class T, class E = float>
 int down(const LoraLinearDown& d) {
   Keep mask(d.dropout);
   const float factor = left_of<E>(mask);
@@ -245,7 +234,7 @@ int down(const LoraLinearDown& d) {
 
 // ---- up ----
 
-template <class T, class E>
+template <class T, class E = float>
 int up(const LoraLinearUp& u) {
   const int64_t M = u.M, N = u.N, R = u.R, ranks = blocks(R, TERMS<E>), J = ranks + (u.bias.data ? 1 : 0);
   if (J == 0) return OK;
@@ -284,7 +273,7 @@ int up(const LoraLinearUp& u) {
         const TileAt t = cell.in_strips(i);
         if (t.m0 != rows_of_st) {
           rows_of_st = t.m0;
-          if (R) ranks_along(st, s + t.m0 * u.s.ld, u.s.ld, t.rows, R);
+          if (R) transpose(st, MB, s + t.m0 * u.s.ld, u.s.ld, t.rows, R);
           if (J > ranks)
             for (int m = 0; m < t.rows; ++m) st[ranks * MB + m] = one_of<E>();
         }
@@ -298,7 +287,7 @@ int up(const LoraLinearUp& u) {
 
 // ---- grad_up ----
 
-template <class T, class E>
+template <class T, class E = float>
 int grad_up(const LoraLinearGradUp& u) {
   const bool wants_t = u.t.data && u.R, wants_db = u.db && u.R, wants_dbias = u.dbias;
   const int64_t M = u.M, N = u.N, R = u.R, J = (wants_db ? R : 0) + (wants_dbias ? 1 : 0);
@@ -395,7 +384,7 @@ int grad_up(const LoraLinearGradUp& u) {
 
 // ---- grad_down ----
 
-template <class T, class E>
+template <class T, class E = float>
 int grad_down(const LoraLinearGradDown& d) {
   Keep mask(d.dropout);
   const float factor = left_of<E>(mask);
@@ -436,7 +425,7 @@ int grad_down(const LoraLinearGradDown& d) {
         E* panel = a + k0 * J;
         for (int i = 0; i < d.count; panel += blocks(d.projections[i++].R, TERMS<E>) * KC) {
           const Projection& p = d.projections[i];
-          load_adapter_across<Ranks<T>>(panel, KC, columns_from(p.a, k0), 0, p.R, cols, Scale{});
+          load_adapter_across<Ranks<T>>(panel, KC, columns(p.a, k0), 0, p.R, cols, Scale{});
         }
       }
     }
@@ -446,7 +435,7 @@ int grad_down(const LoraLinearGradDown& d) {
       for (int i = 0; i < d.count; ++i) {
         const Projection& p = d.projections[i];
         const Ranks<T>* from = t + m0 * d.t.ld + p.column;
-        ranks_along(to_along, from, d.t.ld, smaller(MB, M - m0), p.R);
+        transpose(to_along, MB, from, d.t.ld, smaller(MB, M - m0), p.R);
         if (!ONE_T) ranks_across(to_across, from, d.t.ld, smaller(MB, M - m0), p.R);
         to_along += blocks(p.R, TERMS<E>) * MB, to_across += p.R * DEPTH;
       }
@@ -554,7 +543,7 @@ void tile_rows(float* sums, const T* w, int64_t ldw, int64_t N, int64_t K, const
   }
 }
 
-template <class T, class E>
+template <class T, class E = float>
 int small(const LoraLinearSmall& d) {
   const int64_t M = d.M, K = d.K, N = d.N, R = d.R;
   if (M == 0 || N == 0) return OK;
@@ -636,8 +625,8 @@ int small(const LoraLinearSmall& d) {
         NoTile none;
         for (int64_t r = 0; r < R; r += KC) {
           const int64_t width = smaller(KC, R - r);
-          load_adapter<Ranks<T>>((Number<E>*)b_tile.along, ALONG_LD<E> * TERMS<E>, columns_from(d.b, r), n0, n, width,
-                                 columns_from(d.scale, r));
+          load_adapter<Ranks<T>>((Number<E>*)b_tile.along, ALONG_LD<E> * TERMS<E>, columns(d.b, r), n0, n, width,
+                                 columns(d.scale, r));
           tile_gemm<ALONG_LD<E>, 1>(sums, lanes, b_tile.along, st + r / TERMS<E> * lanes, lanes, n,
                                     blocks(width, TERMS<E>), (int)(lanes / W), none);
         }

@@ -53,7 +53,7 @@ void round_row(float* row, int64_t n) {
 
 // the same where the element type is known at run time only: adapters, biases
 FP_INLINE const void* element(const void* p, int dtype, int64_t i) {
-  return (const char*)p + i * (dtype == fastpeft::FLOAT32 ? 4 : 2);
+  return (const char*)p + i * fastpeft::size_of(dtype);
 }
 void row_to_float(float* dst, const void* src, int dtype, int64_t n) {
   if (dtype == fastpeft::FLOAT32) return convert_row(dst, (const float*)src, n);
@@ -72,7 +72,7 @@ void store_tile(T* dst, int64_t ld, const float* tile, int rows, int cols) {
 template <class E, class T>
 FP_INLINE V elements(const T* row, int64_t n) {
 #ifdef FASTPEFT_DOT
-  if constexpr (TERMS<E> == 2) return _mm512_castsi512_ps(load_elements(row, (int)n));
+  if constexpr (TERMS<E> == 2) return bits(load_pairs(row, (int)n));
 #endif
   return n >= W ? load(row) : load_partial(row, (int)n);
 }
@@ -99,13 +99,13 @@ void transpose(E* out, int64_t ld_out, const T* in, int64_t ld_in, int64_t rows,
 }
 
 #ifdef FASTPEFT_DOT
-// out[i] = first[i] and second[i], i < n, zeros up to a multiple of W; no second row: zeros
-FP_INLINE void zip_rows(bf16x2* out, const bf16* first, const bf16* second, int64_t n) {
-  for (int64_t i = 0; i < n; i += 2 * W) {
-    const int some = (int)smaller(2 * W, n - i);
-    const __m512i a = load_elements(first + i, some);
-    zip(out + i, a, second ? load_elements(second + i, some) : _mm512_setzero_si512(), some);
-  }
+// out[r / TERMS, c] = the elements across rows r of in[r, c], r < rows, c < cols, zeros up to a multiple of W
+FP_INLINE void zip_rows(bf16x2* out, int64_t ld_out, const bf16* in, int64_t ld_in, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; r += 2, out += ld_out, in += 2 * ld_in)
+    for (int64_t c = 0; c < cols; c += 2 * W) {
+      const int n = (int)smaller(2 * W, cols - c);
+      zip(out + c, load_pairs(in + c, n), load_pairs(in + ld_in + c, r + 1 < rows ? n : 0), n);
+    }
 }
 #endif
 
@@ -181,10 +181,10 @@ struct NextTile<bf16, bf16x2> {
     const bf16* p = src + column;
     __builtin_prefetch(p + MB * ld, 0, 2);
     __builtin_prefetch(p + (MB + 1) * ld, 0, 2);
-    const __m512i first = load_elements(p, n), second = rows > 1 ? load_elements(p + ld, n) : _mm512_setzero_si512();
+    const Pairs first = load_pairs(p, n), second = load_pairs(p + ld, rows > 1 ? n : 0);
     if (along) {
-      _mm512_store_si512(along + column / 2, first);
-      _mm512_store_si512(along + ALONG_LD<bf16x2> + column / 2, second);
+      store(along + column / 2, first);
+      store(along + ALONG_LD<bf16x2> + column / 2, second);
     }
     if (across) zip(across + column, first, second);
     column += 2 * W;

@@ -73,24 +73,27 @@ FP_INLINE void store2(bf16* p, V v0, V v1) {  // both in one instruction: twice 
 #endif
 
 #ifdef FASTPEFT_DOT
-FP_INLINE __m512i load(const bf16x2* p) { return _mm512_loadu_si512(p); }
-FP_INLINE __m512i set1(bf16x2 e) { return _mm512_set1_epi32((int)e.bits); }
-FP_INLINE V fma(__m512i a, __m512i b, V c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
-FP_INLINE __m512i load_elements(const bf16* p, int n) {
-  return n >= 2 * W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+using Pairs = __m512i;
+FP_INLINE Pairs load(const bf16x2* p) { return _mm512_loadu_si512(p); }
+FP_INLINE void store(bf16x2* p, Pairs v) { _mm512_storeu_si512(p, v); }
+FP_INLINE Pairs set1(bf16x2 e) { return _mm512_set1_epi32((int)e.bits); }
+FP_INLINE V fma(Pairs a, Pairs b, V c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+FP_INLINE V bits(Pairs v) { return _mm512_castsi512_ps(v); }
+FP_INLINE Pairs load_pairs(const bf16* p, int n) {
+  if (n >= 2 * W) return _mm512_loadu_si512(p);
+  return n > 0 ? _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p) : _mm512_setzero_si512();
 }
 // out[i] = a[i] and b[i], i < n <= 2W, up to a multiple of W
-FP_INLINE void zip(bf16x2* out, __m512i a, __m512i b, int n = 2 * W) {
+FP_INLINE void zip(bf16x2* out, Pairs a, Pairs b, int n = 2 * W) {
   const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, first, b));
-  if (n <= W) return;
-  _mm512_storeu_si512(out + W, _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(W)), b));
+  store(out, _mm512_permutex2var_epi16(a, first, b));
+  if (n > W) store(out + W, _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(W)), b));
 }
 // the same of W numbers that are rounded already
 FP_INLINE void zip_rounded(bf16x2* out, V a, V b) {
-  const __m512i high = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32((int)0xffff0000u));
-  _mm512_storeu_si512(out, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), high));
+  const Pairs high = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32((int)0xffff0000u));
+  store(out, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), high));
 }
 #endif
 
@@ -154,6 +157,11 @@ FP_INLINE void unpack(void* out, NarrowBook book, const uint8_t* p) {
   const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, book));
 }
+#ifdef FASTPEFT_DOT
+FP_INLINE Pairs pick(NarrowBook book, Codes codes, int shift) {
+  return _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, (unsigned)shift), book);
+}
+#endif
 FP_INLINE V lookup(const float* table, const uint8_t* p) {
   return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), table, 4);
 }

@@ -21,7 +21,7 @@ struct Plan {
 extern Plan plan;
 
 // as torch and the plan have it
-inline Way way() { return {num_threads(), plan.parallel_work, plan.dot}; }
+inline Way way(int threads = num_threads()) { return {threads, plan.parallel_work, plan.dot}; }
 
 // A layer's weight [N, K]: dense, of any strides, or in 4 bits.
 struct Base {

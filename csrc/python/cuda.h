@@ -14,11 +14,6 @@ using MaybeTensors = std::vector<MaybeTensor>;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// From a row's element `first` on.
-inline Matrix columns(const Matrix& m, int64_t first) {
-  return {m.data ? (char*)m.data + first * (m.dtype == FLOAT32 ? 4 : 2) : nullptr, m.ld, m.dtype};
-}
-
 // The name of a pass, the GPU that its tensors lie on and the dtype that it computes in: those of one of them.
 struct Pass {
   const char* const op;

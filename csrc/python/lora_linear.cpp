@@ -95,11 +95,6 @@ void same_length(const char* op, size_t n, const Lists&... lists) {
     throw py::value_error(text(op, ": lists must have an entry a projection (", n, ")"));
 }
 
-Matrix columns(const Matrix& m, int64_t first) {
-  static const int64_t sizes[] = {4, 2, 2};
-  return {m.data ? (char*)m.data + first * sizes[m.dtype] : nullptr, m.ld, m.dtype};
-}
-
 template <class Call>
 void run(const char* op, int64_t M, int64_t K, int64_t N, int64_t R, Call call) {
   int status;
@@ -144,6 +139,7 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Scale
   const int dtype = compute_of(op, "y", all, compute(op, "s", s));
   const int64_t M = rows_of(s), total = s.size(-1);
   const Matrix ranks = matrix(op, "s", s, M, total, ranks_dtype(dtype));
+  const Way how = way();
   std::vector<LoraLinearUp> calls;
   int64_t column = 0;
   for (size_t i = 0; i < all.size(); ++i) {
@@ -157,7 +153,7 @@ py::object up(py::object ys, const Tensor& s, const MaybeTensors& b, const Scale
                       {},
                       {},
                       vector(op, "lora_bias", lora_biases[i], N),
-                      way()};
+                      how};
     if (b[i]) call.b = adapter(op, "b", b[i], N, R), call.scale = scale_of(op, scales[i], R);
     column += R;
     if (R || lora_biases[i]) calls.push_back(call);
@@ -179,8 +175,9 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
   const Result t = wants_t ? allocate(s, {M, total}, wide) : Result{};
   const Matrix to{t.data, total, wide};
   for (const Tensor& dy : dys)
-    if (!dy && to.data && M && total) memset(to.data, 0, (size_t)(M * total) * (wide == FLOAT32 ? 4 : 2));
+    if (!dy && to.data && M && total) memset(to.data, 0, (size_t)(M * total * size_of(wide)));
   py::list dbs(n), dbiases(n);
+  const Way how = way();
   std::vector<LoraLinearGradUp> calls;
   int64_t column = 0;
   for (size_t i = 0; i < n; ++i) {
@@ -200,7 +197,7 @@ py::tuple grad_up(const MaybeTensors& dys, const Tensor& s, const MaybeTensors& 
                           nullptr,
                           nullptr,
                           FLOAT32,
-                          way()};
+                          how};
     if (b[i]) call.b = adapter(op, "b", b[i], N, R), call.scale = scale_of(op, scales[i], R);
     if (b[i] && needs_b[i]) {
       const Result db = allocate(s, {N, R}, b[i].dtype());
@@ -272,23 +269,23 @@ struct Few {
 
   void run(const Base& base) const {
     const bool alone = (double)M * K * (base.N + R) < ALONE;
-    const Way way{alone ? 1 : num_threads(), plan.parallel_work, plan.dot};
+    const Way how = way(alone ? 1 : num_threads());
     int status;
     if (alone) {
-      status = call(base, way);
+      status = call(base, how);
     } else {
       py::gil_scoped_release release;
-      status = call(base, way);
+      status = call(base, how);
     }
     check_status(status, "lora_linear, few rows", M, K, base.N, R);
   }
 
-  int call(const Base& base, const Way& way) const {
-    if (!base.dense) return linear4bit().small({base.packed, M, R, x, y, s, a, b, scale, bias, lora_bias, way});
+  int call(const Base& base, const Way& how) const {
+    if (!base.dense) return linear4bit().small({base.packed, M, R, x, y, s, a, b, scale, bias, lora_bias, how});
     const bool transposed = !base.in_rows();
     const int64_t ld = transposed ? base.dense.stride(1) : std::max(base.dense.stride(0), K);
     const Matrix w{base.dense.data(), ld, x.dtype};
-    return lora_linear().small({M, K, base.N, R, x, w, y, s, a, b, transposed, scale, bias, lora_bias, way});
+    return lora_linear().small({M, K, base.N, R, x, w, y, s, a, b, transposed, scale, bias, lora_bias, how});
   }
 };
 

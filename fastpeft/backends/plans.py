@@ -59,7 +59,7 @@ def merged(plan: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def built_in(name: str) -> dict[str, Any]:
     """The plan of a kind of CPU: its own entries over the common ones."""
     common = {key: value for key, value in TABLE["cpu"].items() if key != "kinds"}
-    return common | TABLE["cpu"]["kinds"][name]
+    return merged(common, TABLE["cpu"]["kinds"][name])
 
 
 def rows(plan: dict[str, Any], isa: str) -> dict[str, dict[str, int]]:
