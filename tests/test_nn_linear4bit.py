@@ -289,7 +289,8 @@ def test_compile(tile):
     compiled(x).sum().backward()
     assert torch.equal(x.grad, expected)
     layer.load_state_dict(made(dtype=torch.bfloat16).state_dict())
-    assert torch.equal(compiled(x), layer(x))  # a graph holds no bytes
+    y = layer(x)  # first: it lays out tiles, whose kernels may round otherwise than those over the loaded order
+    assert torch.equal(compiled(x), y)  # a graph holds no bytes
 
 
 @pytest.mark.parametrize("before", ["a forward", "a look"])
