@@ -1,8 +1,7 @@
 """An adapter's folder: adapter_config.json and adapter_model.safetensors, read as hostile input and written as a whole.
 
-A safetensors file is eight bytes (the header's length, little-endian), the header, and the data (huggingface/safetensors,
-"Format"). The header is a JSON object: {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}.
-Everything in it is checked before a byte of the data is read or allocated. What the files mean is not known here.
+Everything that the config and the header say is checked before a byte of the data is read or allocated. What it means for a
+model is not known here.
 """
 
 from __future__ import annotations
@@ -11,52 +10,30 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import os
-import re
 import secrets
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
+
+from fastpeft.safetensors_header import MOST_BYTES, Entry, Header, encode, in_order, json_object, parse, shown
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")
 
 MOST_CONFIG = 1 << 20  # bytes
-MOST_HEADER = 16 << 20  # bytes
-MOST_SIGNS = (
-    1 << 21
-)  # quotes, commas and opening brackets of a header: a matrix has 18; Python takes up to 100 bytes for one
-MOST_DEPTH = 32
-MOST_NAME = 512  # characters
-MOST_DIMS = 8
-MOST_DIGITS = 32  # characters of a number: a double has up to 24
 SHOWN = 5  # names in an error
 CHUNK = 4 << 20  # bytes that are read at once, and hashed while they are in the cache
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BY_BITS = {64: "F64 I64 U64 C64", 32: "F32 I32 U32", 16: "F16 BF16 I16 U16", 6: "F6_E2M3 F6_E3M2", 4: "F4"}
-_BY_BITS[8] = "BOOL I8 U8 F8_E4M3 F8_E4M3FNUZ F8_E5M2 F8_E5M2FNUZ F8_E8M0"
-BITS = {name: bits for bits, names in _BY_BITS.items() for name in names.split()}  # all dtypes of safetensors 0.8
 
 
 class AdapterFileError(ValueError):
     """A sentence: the file, what was expected, what came, and what to do."""
-
-
-class Entry(NamedTuple):
-    """A tensor as the header has it; `begin` and `end` count bytes from the start of the data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class AdapterFile:
@@ -99,12 +76,12 @@ class AdapterFile:
         self._match({name: tuple(shape) for name, shape in expected.items()})
         if base is not None and self.base is not None and base != self.base:
             raise AdapterFileError(
-                f"{self.path} was trained on another base model: its fingerprint is {_shown(self.base[:12])}, this "
-                f"model's is {_shown(base[:12])}. Load the model that it was trained on, or pass check_base=False"
+                f"{self.path} was trained on another base model: its fingerprint is {shown(self.base[:12])}, this "
+                f"model's is {shown(base[:12])}. Load the model that it was trained on, or pass check_base=False"
             )
         digest = hashlib.sha256(_described(self.tensors, self.base))
         with _about(self.path):
-            tensors = {name: self._tensor(name, digest.update) for name in _in_order(self.tensors)}
+            tensors = {name: self._tensor(name, digest.update) for name in in_order(self.tensors)}
         stored = self._header.metadata.get("fastpeft_sha256")
         if stored not in (None, digest.hexdigest()) and not allow_edited:
             raise AdapterFileError(
@@ -124,7 +101,7 @@ class AdapterFile:
         held = {name: entry for name, entry in self.tensors.items() if name in expected}
         found = {
             "it lacks": [name for name in expected if name not in held],
-            "it alone has": [_shown(name) for name in self.tensors if name not in held],
+            "it alone has": [shown(name) for name in self.tensors if name not in held],
             "of another shape:": [
                 f"{name} is {list(entry.shape)} and must be {list(expected[name])}"
                 for name, entry in held.items()
@@ -178,7 +155,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         raw = _exactly(file, min(_size(file), MOST_CONFIG + 1))
         if len(raw) > MOST_CONFIG:
             raise ValueError(f"it is larger than {MOST_CONFIG} bytes, and so no adapter's config")
-        config = _object(raw)
+        config = json_object(raw)
     with _about(home / MODEL), contextlib.ExitStack() as undo:
         file = undo.enter_context(_opened(home, MODEL))
         header = _header(file)
@@ -215,11 +192,11 @@ def write_adapter(
             raise ValueError(str(error)) from None
         if len(text) > MOST_CONFIG:
             raise ValueError(f"it would be larger than {MOST_CONFIG} bytes")
-        _object(text)
+        json_object(text)
     with _about(home / MODEL, "it cannot be written: "):
         entries = _laid_out(tensors)
-        start = _encoded(entries, base, "0" * 64)  # as long as the header will be
-        _parsed(start, len(start) + max((entry.end for entry in entries.values()), default=0))
+        start = encode(entries, base, "0" * 64)  # as long as the header will be
+        parse(start, len(start) + max((entry.end for entry in entries.values()), default=0))
 
     def fill(file: io.FileIO) -> None:
         digest = hashlib.sha256(_described(entries, base))
@@ -229,7 +206,7 @@ def write_adapter(
             digest.update(view)
             _write(file, view)
         file.seek(0)
-        _write(file, _encoded(entries, base, digest.hexdigest()))
+        _write(file, encode(entries, base, digest.hexdigest()))
 
     with _about(home, "the adapter cannot be written: "), contextlib.ExitStack() as undo:
         home.mkdir(parents=True, exist_ok=True)
@@ -304,6 +281,17 @@ def _exactly(file: io.FileIO, size: int) -> bytes:
     return b"".join(parts)
 
 
+def _header(file: io.FileIO) -> Header:
+    size = _size(file)
+    start = _exactly(file, min(size, 8))
+    length = int.from_bytes(start, "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"it ends before its header does, after {size} bytes. Take another copy")
+    if length > MOST_BYTES:
+        raise ValueError(f"its header is {length} bytes, over the limit of {MOST_BYTES}: it is no adapter")
+    return parse(start + _exactly(file, length), size)
+
+
 def _write(file: io.FileIO, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while len(view):
@@ -341,140 +329,17 @@ def _about(path: Path, verb: str = "") -> Iterator[None]:
         raise AdapterFileError(f"{path}: {verb}{error.strerror or error}") from error
 
 
-# ---- JSON ------------------------------------------------------------------------------------------------------------
-
-# Strings, an unfinished one to the end of the text: possessive, so that the scan is linear in any text.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-
-
-def _object(raw: bytes, most: int = MOST_DEPTH) -> dict[str, Any]:
-    """A JSON object in UTF-8: no key twice, no NaN or infinity, no endless number, no half of a surrogate pair."""
-    brackets = np.frombuffer(_STRING.sub(b"", raw).translate(None, delete=_NO_BRACKETS), dtype=np.int8)
-    depth = np.cumsum((brackets & 2) - 1, dtype=np.int32)  # the bit is set in [ and {, and not in ] and }
-    if depth.max(initial=0) > most:
-        raise ValueError(f"its objects and lists are nested over {most} deep")
-    try:
-        text = raw.decode("utf-8")
-        value = _JSON.decode(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError where "\ud800" stood alone
-    except UnicodeError:
-        raise ValueError("it is no UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError("it is no JSON object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"it has {_shown(twice)} twice")
-    return out
-
-
-def _number(digits: str) -> int | float:
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"it has a number of over {MOST_DIGITS} characters")
-    value = float(digits) if set(digits) & set(".eE") else int(digits)
-    return value if math.isfinite(value) else _constant(digits)  # 1e999
-
-
-def _constant(word: str) -> float:
-    raise ValueError(f"it has the number {word}, and numbers are finite")
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_number, parse_float=_number, parse_constant=_constant)
-
-
-# ---- the header ------------------------------------------------------------------------------------------------------
-
-
-class Header(NamedTuple):
-    tensors: dict[str, Entry]
-    metadata: dict[str, str]
-    data: int  # where in the file the data starts
-
-
-def _header(file: io.FileIO) -> Header:
-    size = _size(file)
-    start = _exactly(file, min(size, 8))
-    length = int.from_bytes(start, "little")
-    if size < 8 or length > size - 8:
-        raise ValueError(f"it ends before its header does, after {size} bytes. Take another copy")
-    if length > MOST_HEADER:
-        raise ValueError(f"its header is {length} bytes, over the limit of {MOST_HEADER}: it is no adapter")
-    return _parsed(start + _exactly(file, length), size)
-
-
-def _parsed(start: bytes, size: int) -> Header:
-    """Checks the header of a file of `size` bytes; `start` is the file up to its data."""
-    raw = start[8:]
-    if not raw.startswith(b"{"):
-        raise ValueError("its header does not start with '{', so it is no safetensors file")
-    if len(raw) > MOST_HEADER or sum(raw.count(sign) for sign in (b'"', b",", b"{", b"[")) > MOST_SIGNS:
-        raise ValueError("its header is too large for an adapter's")
-    entries = _object(raw, most=3)
-    metadata = entries.pop("__metadata__", {})
-    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise ValueError("its __metadata__ is no object of strings")
-    tensors = {name: _entry(name, entry) for name, entry in entries.items()}
-    at = 0
-    for name in _in_order(tensors):
-        if tensors[name].begin != at:
-            raise ValueError(f"the data of {_shown(name)} start at {tensors[name].begin}, where {at} is expected")
-        at = tensors[name].end
-    if at != size - len(start):
-        raise ValueError(f"its tensors take {at} bytes, and {size - len(start)} are there. Take another copy")
-    return Header(tensors, metadata, len(start))
-
-
-def _entry(name: str, entry: Any) -> Entry:
-    if not (0 < len(name) <= MOST_NAME and name.isprintable()):
-        raise ValueError(f"a tensor's name is 1 to {MOST_NAME} printable characters, and not {_shown(name)}")
-    if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
-        raise ValueError(f"{_shown(name)} must have dtype, shape and data_offsets, and nothing else")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not (isinstance(dtype, str) and dtype in BITS):
-        raise ValueError(f"the dtype of {_shown(name)} is none of {', '.join(BITS)}")
-    if not _naturals(shape, 0, MOST_DIMS):
-        raise ValueError(f"the shape of {_shown(name)} must be up to {MOST_DIMS} whole numbers from 0")
-    if not _naturals(offsets, 2, 2):
-        raise ValueError(f"the data_offsets of {_shown(name)} must be two whole numbers from 0")
-    begin, end = offsets
-    if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
-        raise ValueError(f"{_shown(name)}, {dtype} of shape {shape}, cannot take {end - begin} bytes")
-    return Entry(dtype, tuple(shape), begin, end)
-
-
-def _naturals(value: Any, least: int, most: int) -> bool:
-    """Whether it is a list of so many whole numbers from 0; True is none."""
-    return (
-        isinstance(value, list)
-        and least <= len(value) <= most
-        and all(type(number) is int and number >= 0 for number in value)
-    )
-
-
-def _in_order(tensors: Mapping[str, Entry]) -> list[str]:
-    """Names in the order of the data; a tensor without elements comes before the one that starts where it does."""
-    return sorted(tensors, key=lambda name: (tensors[name].begin, tensors[name].end, name))
-
-
 def _laid_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, Entry]:
     """Where each tensor will lie: larger elements first, by name, as safetensors does; so every one is aligned."""
     for name, tensor in tensors.items():
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # a DTensor holds a part, others bytes of their own
             raise ValueError(
-                f"{_shown(name)} is a {type(tensor).__name__} and must be a plain tensor (full_tensor() of it)"
+                f"{shown(name)} is a {type(tensor).__name__} and must be a plain tensor (full_tensor() of it)"
             )
         if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in NAMES:
             kind = f"{tensor.dtype}, {tensor.layout} and on {tensor.device.type}"
             raise ValueError(
-                f"{_shown(name)} is {kind}, and must be dense, with data, and of {', '.join(NAMES.values())}"
+                f"{shown(name)} is {kind}, and must be dense, with data, and of {', '.join(NAMES.values())}"
             )
     entries, end = {}, 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
@@ -483,22 +348,9 @@ def _laid_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, Entry]:
     return entries
 
 
-def _encoded(entries: Mapping[str, Entry], base: str | None, sha256: str) -> bytes:
-    """The file up to its data, which starts at a multiple of 8 bytes."""
-    metadata = {"format": "pt"} | ({} if base is None else {"fastpeft_base": base}) | {"fastpeft_sha256": sha256}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    for name, (dtype, shape, begin, end) in entries.items():
-        if name == "__metadata__":
-            raise ValueError("a tensor cannot be named __metadata__")
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
-
-
 def _described(entries: Mapping[str, Entry], base: str | None) -> bytes:
     """What fastpeft_sha256 covers besides the data: the base, and names, dtypes and shapes in the data's order."""
-    return json.dumps([base, [(name, *entries[name][:2]) for name in _in_order(entries)]]).encode()
+    return json.dumps([base, [(name, *entries[name][:2]) for name in in_order(entries)]]).encode()
 
 
 # ---- tensors and sentences -------------------------------------------------------------------------------------------
@@ -511,11 +363,6 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 def _finite(tensor: torch.Tensor) -> bool:
     return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(CHUNK))
-
-
-def _shown(name: str) -> str:
-    """A name out of a file, safe to print."""
-    return ascii(name if len(name) <= 100 else name[:100] + "…")
 
 
 def _listed(names: list[str]) -> str:
