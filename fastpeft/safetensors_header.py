@@ -125,7 +125,7 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def json_object(raw: bytes, most: int = MOST_DEPTH) -> dict[str, Any]:
-    """A JSON object in UTF-8: no key twice, no NaN or infinity, no whole number of over 32 digits, no half of a surrogate pair."""
+    """A JSON object in UTF-8: no key twice, no number that is infinite or endless, no half of a surrogate pair."""
     brackets = np.frombuffer(_STRING.sub(b"", raw).translate(None, delete=_NO_BRACKETS), dtype=np.int8)
     depth = np.cumsum((brackets & 2) - 1, dtype=np.int32)  # the bit is set in [ and {, and not in ] and }
     if depth.max(initial=0) > most:
