@@ -602,6 +602,19 @@ def test_values_that_are_not_finite(value, dtype, tmp_path):
         assert torch.equal(loaded["x"].view(torch.uint8), x.view(torch.uint8))
 
 
+@pytest.mark.parametrize("dtype", adapter_files.NAMES)
+def test_one_value_in_any_place(dtype):
+    """Of a vectorised loop and its tail."""
+    for size in (1, 7, 64, 131, 70_000):
+        x = torch.randn(size).to(dtype)
+        assert adapter_files._finite(x) and adapter_files._finite(x[:0])
+        for at in {*range(min(size, 131)), size // 2, size - 1}:
+            for value in (float("nan"), float("inf"), -float("inf")):
+                kept, x[at] = x[at].item(), value
+                assert not adapter_files._finite(x)
+                x[at] = kept
+
+
 # ---- 10,000 damaged files --------------------------------------------------------------------------------------------
 
 HOSTILE = [
