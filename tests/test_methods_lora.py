@@ -297,6 +297,12 @@ def test_beside_another_adapter(tmp_path):
     assert torch.equal(output(model, x), expected)
 
 
+def test_the_page_runs(tmp_path, monkeypatch):
+    page = Path(__file__).parent.parent / "docs" / "attach.md"
+    monkeypatch.chdir(tmp_path)
+    exec(page.read_text("utf-8").split("```python\n")[1].split("```")[0], {})
+
+
 def test_in_a_fresh_process(tmp_path):
     model, x = trained("bert"), batch("bert")
     fp.save_adapter(model, tmp_path)

@@ -24,7 +24,19 @@ from .sites import Adapter, Site, TaskHead, leave, original, replace, walk
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ on the linear layers of a model (see `fastpeft.LoraConfig`)."""
+    """y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ on the linear layers of a model (Hu et al. 2021, equation 3).
+
+    Args:
+        r: rank, at least 1. alpha: scale is alpha/r, or alpha/√r where `rslora`.
+        dropout: probability of dropping an element of x before A, in training.
+        targets: None: every linear layer but output embeddings and the task head. Or names and patterns as `fp.quantize`
+            takes them in `skip`; the whole name of a layer is that layer alone.
+        modules_to_save: names or patterns, whole or of the last components, of modules that are trained whole, beside the
+            task head.
+
+    Raises:
+        TypeError, ValueError: a field of another type, or out of range.
+    """
 
     r: int = 16
     alpha: float = 32
@@ -58,7 +70,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """alpha / r, or alpha / √r (rank-stabilised LoRA: Kalajdzievski 2023, equation 6)."""
+        """alpha / r, or alpha / √r (rank-stabilised LoRA: Kalajdzievski 2023)."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
@@ -91,11 +103,12 @@ class LoraSite(Site):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N], x's dtype."""
+        modules = self._modules  # past __getattr__, which takes 1 µs a name
         if self.active is None:
-            return adapted(x, self.base)
-        of: Any = self.adapters[self.active]
-        p = of.dropout if self.training else 0.0
-        return adapted(x, self.base, of.lora_a, of.lora_b, scale=of.scale, dropout_p=p)
+            return adapted(x, modules["base"])
+        of: Any = modules["adapters"]._modules[self.active]
+        a, b = of._parameters["lora_a"], of._parameters["lora_b"]
+        return adapted(x, modules["base"], a, b, scale=of.scale, dropout_p=of.dropout if self.training else 0.0)
 
 
 class LoraAdapter(Adapter):

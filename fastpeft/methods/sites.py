@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -108,8 +107,3 @@ def leave(model: nn.Module, sites: Mapping[str, Site], name: str) -> None:
     for site in sites.values():
         del site.adapters[name]
     replace(model, {site: site.base for site in sites.values() if not site.adapters})
-
-
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of its state_dict, for a file."""
-    return {key: tuple(t.shape) for key, t in module.state_dict().items() if isinstance(t, torch.Tensor)}
