@@ -148,7 +148,7 @@ def number(q: Any, scale: Any, dropout_p: Any) -> float:
 
 
 def plain_memory(t: Any) -> Any:
-    """Nothing lazily negated or zero; the last dimension dense where it is one of vectors."""
+    """Nothing lazily negated or zero"""
     if t is None:
         return None
     t = t.resolve_neg()
@@ -158,8 +158,9 @@ def plain_memory(t: Any) -> Any:
 
 
 def dense_rows(t: Any) -> Any:
+    """The same, and vectors along the last dimension without gaps"""
     t = plain_memory(t)
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
 def _real(name: str, value: Any, q: Any) -> None:

@@ -91,7 +91,11 @@ def prefix_attention(
     if trained_mask or dropout_p == 1.0 or transformed():
         return _by_definition(q, k, v, prefix, is_causal, mask, separate, dropout_p, seed, scale)
     q, k, v = map(check.dense_rows, (q, k, v))
-    prefix = (*map(check.dense_rows, prefix[:2]), *map(check.plain_memory, prefix[2:]))
+    prefix = (
+        *map(check.dense_rows, prefix[:2]),
+        *map(check.plain_memory, prefix[2:6]),
+        *map(check.dense_rows, prefix[6:]),
+    )
     mask = check.plain_memory(mask)
     numbers = is_causal, separate, dropout_p, scale
     plain = plain_call(q) and not q.is_meta
