@@ -144,7 +144,7 @@ def number(q: Any, scale: Any, dropout_p: Any) -> float:
         return q.shape[-1] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         _check.bad_type(OP, "scale", "a number or None (1/√D)", scale)
-    return float(scale)
+    return scale
 
 
 def plain_memory(t: Any) -> Any:
