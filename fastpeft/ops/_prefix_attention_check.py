@@ -136,7 +136,7 @@ def masks(q: Any, k: Any, is_causal: bool, key_padding_mask: Any, attn_mask: Any
     return attn_mask.reshape(full).expand(-1, -1, t, s)
 
 
-def number(q: Any, scale: Any, dropout_p: Any) -> float:
+def number(q: Any, scale: Any, dropout_p: Any) -> Any:
     """-> scale"""
     if not 0.0 <= dropout_p <= 1.0:
         _check.bad_value(OP, "dropout_p", "a probability in [0, 1]", dropout_p)
