@@ -218,6 +218,7 @@ VARIANTS = {
     "additive mask": {"attn_mask": "additive"},
     "boolean mask": {"attn_mask": "boolean"},
     "mask of heads": {"attn_mask": "heads"},
+    "mask of keys": {"attn_mask": "keys"},
     "rows of three prefixes": {"index": [2, -1, 0]},
     "one prefix, not for all": {"index": [0, -1, 0], "adapters": 1},
     "ragged": {"kind": "ragged", "index": [1, 2, 1]},
@@ -236,9 +237,11 @@ def variant(name, dtype, mode, shape=(3, 4, 2, 11, 13, 32, 6), **more):
         heads = h if asked["attn_mask"] == "heads" else 1
         seen = torch.rand(b, heads, t, s) > 0.4
         seen[:, :, 2] = False  # a query that sees no token
+        if asked["attn_mask"] == "keys":
+            seen = seen[:, :, 3:4]
         asked["attn_mask"] = seen
         if VARIANTS[name]["attn_mask"] == "additive":
-            asked["attn_mask"] = torch.randn(t, s).masked_fill(~seen[0, 0], -math.inf)
+            asked["attn_mask"] = torch.randn(t, s, dtype=torch.float64).masked_fill(~seen[0, 0], -math.inf)
     tensors, options = problem(shape, dtype, mode, **asked)
     if adapters:
         for one in ("prefix_k", "prefix_v", "log_bias", "gate_out"):
