@@ -212,7 +212,9 @@ struct Mask {
 Factor read_bias(float* tile, const Segment& s, const Block& block, int64_t a, Panel panel, int64_t T, int64_t N) {
   const int64_t ahead = N - T;  // query t sees key n <= t + ahead
   const bool hides = s.causal && panel.n0 + panel.n - 1 > block.t + ahead;
-  const Factor bias = read_plane(tile, s.bias, block, a, panel, LOG2E, hides);
+  Plane plane = s.bias;
+  if (s.offsets && plane.data) plane.data = element(plane.data, plane.dtype, s.offsets[a] * plane.n);
+  const Factor bias = read_plane(tile, plane, block, a, panel, LOG2E, hides);
   if (!hides) return bias;
   if (!bias) memset(tile, 0, sizeof(float) * panel.n * LD);
   block.runs([&](int lane, int64_t, int64_t) {

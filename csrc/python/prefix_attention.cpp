@@ -121,7 +121,7 @@ struct Prefix {
     s.gate_k = plane(op, "gate_k", gate_k, {n.B, n.H, n.T, s.N});
     s.gate_v = plane(op, "gate_v", gate_v, {n.B, n.H, n.T, s.N});
     s.bias = plane_by_key(op, "log_bias", log_bias, flat() ? 1 : s.A, n.H, columns());
-    if (flat()) s.bias.has_b = false;
+    if (flat()) s.bias.b = 0, s.bias.has_b = false;
     s.gate_out = plane_by_key(op, "gate_out", gate_out, s.A, n.H, -1);
     s.scale = (float)scale;
     s.dropout = dropout(op, p, seed);

@@ -1,0 +1,302 @@
+"""The native CPU kernels of prefix_attention: every pass x dtype x instruction set against float64, on guarded memory.
+
+Every buffer, results included, ends where a page begins that may not be touched, and is poisoned with NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from _close import assert_close
+from _guarded import Memory
+
+from fastpeft import native as loader
+from fastpeft.backends import plans
+from fastpeft.reference.philox import dropout_mask
+
+native = loader.cpu()
+if native is None:
+    pytest.skip(f"no native CPU module: {loader.why_not_cpu()}", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ISAS = list(native.isas())
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SEED = torch.tensor(0x1234567890ABCDEF)
+GRADIENTS = ("d_prefix_k", "d_prefix_v", "d_gate_k", "d_gate_v", "d_log_bias", "d_gate_out")
+
+
+@pytest.fixture
+def memory():
+    """Guarded memory, and results of the passes on it."""
+    memory = Memory()
+
+    def allocate(shape, code):
+        columns = shape[-1] if shape else 1
+        return memory.empty(int(np.prod(shape[:-1])), columns, DTYPES[code]).view(shape)
+
+    native.set_allocator(allocate)
+    yield memory
+    native.set_allocator(None)
+    memory.close()
+
+
+@pytest.fixture(params=ISAS + ["avx512bf16, dot products"] * ("avx512bf16" in ISAS))
+def isa(request):
+    """Each instruction set, and the one with a dot product of bf16 pairs with and without it."""
+    before, (isa, *dot) = native.isa(), request.param.split(", ")
+    native.set_isa(isa)
+    with plans.override("cpu", dot=bool(dot), parallel_work=0.0):
+        yield request.param
+    native.set_isa(before)
+
+
+@contextlib.contextmanager
+def num_threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- a case: its tensors, and what the passes must give ----
+
+
+@dataclass
+class Case:
+    """One prefix over rows that have seen tokens already, or not where lse is -Inf."""
+
+    shape: tuple[int, ...]  # B, H, Hk, T, P, D
+    gate_k: str = ""  # its dimensions that are whole, of "bhtp"; "": no gate, "1": all of size 1
+    gate_v: str = ""
+    bias: str = ""  # "", "shared" or "each"
+    separate: bool = False
+    gate_out: str = ""
+    index: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    flat: bool = False
+    p: float = 0.0
+    masters: bool = True  # the prefix and its gates in fp32
+    by_t: bool = True  # q and o lie in memory as [B, T, H, D]
+    threads: int = 2
+
+    def make(self, memory: Memory, dtype: torch.dtype) -> Tensors:
+        return Tensors(self, memory, dtype)
+
+
+PLAIN = [
+    Case((1, 1, 1, 2, 1, 1)),
+    Case((2, 4, 2, 7, 3, 8), "bp", "bp", "shared"),
+    Case((2, 4, 1, 70, 37, 16), "btp", "btp", by_t=False),
+    Case((2, 2, 2, 5, 200, 64), "bhtp", "bhtp", masters=False),
+    Case((2, 6, 2, 130, 65, 33), "htp", "tp", "shared"),
+    Case((1, 4, 2, 1, 130, 128), "p", "h"),
+    Case((2, 4, 4, 65, 32, 64), "bp", "bp"),
+    Case((2, 4, 4, 65, 32, 64), "1", "bt", "shared"),
+    Case((1, 2, 1, 3, 5, 256), "bhp", ""),
+    Case((2, 4, 2, 9, 0, 8)),
+    Case((5, 8, 2, 1, 33, 32), "bp", "bhp"),
+    Case((9, 2, 1, 9, 12, 40), "", "1", masters=False),
+]
+ROUTED = [
+    Case((5, 4, 2, 6, 20, 16), "bp", "bp", "each", index=(2, -1, 0, 2, 2), lengths=(7, 0, 20)),
+    Case((3, 2, 1, 70, 9, 64), "tp", "", "shared", index=(1, 1, -1), lengths=(9, 4)),
+    Case((4, 4, 2, 3, 70, 8), "btp", "bp", "shared", index=(1, 0, 2, -1), lengths=(66, 1, 70), flat=True),
+    Case((2, 3, 3, 65, 64, 20), "", "", "", index=(0, 1), lengths=(64, 30), flat=True),
+]
+SEPARATE = [
+    Case((2, 4, 2, 7, 3, 8), "bp", "bp", "shared", True, "shared"),
+    Case((3, 4, 2, 66, 130, 64), "btp", "bhp", "", True, ""),
+    Case((3, 4, 2, 66, 10, 64), "", "", "", True, "shared"),
+    Case((4, 6, 2, 3, 9, 24), "", "p", "each", True, "each", index=(2, 1, 2, -1), lengths=(9, 1, 5), by_t=False),
+]
+DROPPED = [
+    Case((2, 4, 2, 7, 30, 8), "bp", "bp", "shared", p=0.3),
+    Case((2, 4, 1, 70, 101, 64), "", "btp", p=0.5),
+    Case((4, 4, 2, 35, 9, 24), "", "p", "each", True, "each", index=(2, 1, 2, -1), lengths=(9, 1, 5), p=0.2),
+]
+CASES = PLAIN + ROUTED + SEPARATE + DROPPED
+
+
+class Tensors:
+    def __init__(self, case: Case, memory: Memory, dtype: torch.dtype):
+        self.case, self.memory, self.dtype = case, memory, dtype
+        B, H, Hk, T, P, D = case.shape
+        self.A = len(case.lengths) if case.lengths else 1
+        master = torch.float32 if case.masters else dtype
+        self.q, self.do = self.heads(), self.heads()
+        self.o_x = self.heads()
+        self.lse_x = self.copy(torch.randn(B, H, T), torch.float32)
+        self.lse_x[:, :, ::3] = -torch.inf  # rows that have seen nothing
+        self.o_x[:, :, ::3] = 0
+        self.offsets = None
+        if case.flat:
+            self.offsets = self.integers([0, *np.cumsum(case.lengths)], torch.int64)
+            shape = (Hk, sum(case.lengths), D)
+        else:
+            shape = (self.A, Hk, P, D)
+        self.prefix_k, self.prefix_v = (self.copy(torch.randn(shape), master) for _ in range(2))
+        whole = dict(zip("bhtp", (B, H, T, P)))
+        self.gate_k, self.gate_v = (
+            self.copy(torch.rand([n if d in dims else 1 for d, n in whole.items()]) + 0.5, master) if dims else None
+            for dims in (case.gate_k, case.gate_v)
+        )
+        of = {"": 0, "shared": 1, "each": self.A}
+        self.log_bias = self.gate_out = None
+        if case.bias:
+            self.log_bias = self.copy(torch.randn(1 if case.flat else of[case.bias], H, shape[-2]), torch.float32)
+            self.log_bias[..., 1::4] = -torch.inf
+        if case.gate_out:
+            self.gate_out = self.copy(torch.randn(of[case.gate_out], H), torch.float32)
+        self.index = None if case.index is None else self.integers(case.index, torch.int32)
+        self.lengths = None if case.lengths is None or case.flat else self.integers(case.lengths, torch.int32)
+
+    def copy(self, values, dtype):
+        made = self.memory.empty(int(np.prod(values.shape[:-1])), values.shape[-1], dtype).view(values.shape)
+        return made.copy_(values)
+
+    def integers(self, values, dtype):
+        made = self.memory.empty(1, len(values) * (dtype.itemsize // 4), torch.float32).view(dtype)[0]
+        return made.copy_(torch.tensor(list(values)))
+
+    def heads(self):
+        B, H, _, T, _, D = self.case.shape
+        if self.case.by_t:
+            return self.copy(torch.randn(B, T, H, D), self.dtype).transpose(1, 2)
+        return self.copy(torch.randn(B, H, T, D), self.dtype)
+
+    def prefix(self):
+        return (
+            self.prefix_k, self.prefix_v, self.gate_k, self.gate_v, self.log_bias, self.gate_out, self.index,
+            self.lengths, self.offsets,
+        )  # fmt: skip
+
+    def differentiable(self):
+        return (self.q, self.prefix_k, self.prefix_v, self.gate_k, self.gate_v, self.log_bias, self.gate_out)
+
+    # ---- the passes ----
+
+    def forward(self):
+        o, lse = self.heads().copy_(self.o_x), self.copy(self.lse_x, torch.float32)
+        with num_threads(self.case.threads):
+            got, got_lse = native.prefix_attention_forward(
+                self.q, *self.prefix(), o, lse, self.case.separate, self.case.p, SEED, self.scale()
+            )
+        if self.case.separate:
+            assert torch.equal(o, self.o_x) and torch.equal(lse, self.lse_x), "separate: what tokens gave is kept"
+            assert got.stride() == o.stride()
+        else:
+            assert got is o and got_lse is lse, "joint: in place"
+        return got, got_lse
+
+    def backward(self, o, lse, dq=True, needs=(True,) * 6):
+        """-> the gradient of q, and the six"""
+        before = self.heads() if dq else None
+        out = self.heads().copy_(before) if dq else None
+        with num_threads(self.case.threads):
+            got = native.prefix_attention_backward(
+                self.do, self.q, *self.prefix(), None if self.case.separate else o.to(self.dtype), lse, out,
+                self.case.separate, self.case.p, SEED, self.scale(), needs,
+            )  # fmt: skip
+        return None if out is None else (out, before), got
+
+    def scale(self) -> float:
+        return self.case.shape[-1] ** -0.5
+
+    # ---- the definition, in any dtype ----
+
+    def define(self, dtype):
+        """-> o, lse, gradients of `differentiable`, None where there is none; of what was seen: o_x and lse_x"""
+        case, (B, H, Hk, T, P, D) = self.case, self.case.shape
+        leaves = [t if t is None else t.detach().to(dtype).requires_grad_() for t in self.differentiable()]
+        q, pk, pv, gk, gv, bias, c = leaves
+        offsets = self.offsets.tolist() if case.flat else None
+        keep = torch.ones(B, H, T, P, dtype=dtype)
+        if case.p:
+            keep = dropout_mask(SEED, (B, H, T, P), case.p).to(dtype) / (1 - case.p)
+        expanded = [None if g is None else g.expand(B, H, T, P) for g in (gk, gv)]
+        rows, lses = [], []
+        for b in range(B):
+            a = 0 if case.index is None else case.index[b]
+            n = 0 if a < 0 else case.lengths[a] if case.lengths else P
+            o_x, lse_x = self.o_x[b].to(dtype), self.lse_x[b].to(dtype)
+            if n == 0:
+                rows.append(o_x)
+                lses.append(torch.full_like(lse_x, -torch.inf) if case.separate else lse_x)
+                continue
+            span = slice(offsets[a], offsets[a] + n) if case.flat else slice(0, n)
+            k, v = (t[:, span] if case.flat else t[a][:, span] for t in (pk, pv))  # [Hk, n, D]
+            s = self.scale() * q[b] @ k.repeat_interleave(H // Hk, 0).mT  # [H, T, n]
+            if gk is not None:
+                s = s * expanded[0][b, :, :, :n]
+            if bias is not None:
+                s = s + bias[a if len(bias) > 1 else 0][:, None, span]
+            w = keep[b, :, :, :n]
+            if gv is not None:
+                w = w * expanded[1][b, :, :, :n]
+            lse = s.logsumexp(-1)
+            merged = lse if case.separate else torch.logaddexp(lse, lse_x)
+            seen = (s - merged[..., None]).exp().masked_fill(torch.isneginf(merged)[..., None], 0)
+            o_p = (seen * w) @ v.repeat_interleave(H // Hk, 0)
+            if case.separate:
+                gate = 1 if c is None else c[a if len(c) > 1 else 0][:, None, None]
+                rows.append(o_x + gate * o_p)
+            else:
+                rows.append((lse_x - merged).exp().nan_to_num(0)[..., None] * o_x + o_p)
+            lses.append(merged)
+        o, lse = torch.stack(rows), torch.stack(lses)
+        wanted = [t for t in leaves if t is not None]
+        grads = iter(
+            torch.autograd.grad(o, wanted, self.do.to(dtype), allow_unused=True) if o.requires_grad else wanted
+        )
+        found = []
+        for t in leaves:
+            g = None if t is None else next(grads)
+            found.append(torch.zeros_like(t) if t is not None and (g is None or not o.requires_grad) else g)
+        return o.detach(), lse.detach(), found
+
+
+def same_lse(got, exact, name):
+    assert torch.equal(torch.isneginf(got), torch.isneginf(exact)), f"{name}: -Inf differs"
+    return got.masked_fill(torch.isneginf(exact), 0), exact.masked_fill(torch.isneginf(exact), 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_prefix(isa, memory, dtype, case):
+    t = case.make(memory, dtype)
+    eps = torch.finfo(dtype).eps
+    (exact, exact_lse, exact_grads), (same, same_lses, same_grads) = t.define(torch.float64), t.define(dtype)
+    o, lse = t.forward()
+    assert o.dtype == dtype and lse.dtype == torch.float32
+    assert_close(o, same, exact, "o", eps)
+    got, want = same_lse(lse, exact_lse, "lse")
+    assert_close(got, same_lse(same_lses, exact_lse, "composition")[0], want, "lse", eps)
+
+    (dq, before), got = t.backward(exact, exact_lse.float())
+    assert_close(dq, before + same_grads[0], before.double() + exact_grads[0], "dq", eps)
+    for name, grad, compare, exact_grad, of in zip(
+        GRADIENTS, got, same_grads[1:], exact_grads[1:], t.differentiable()[1:]
+    ):
+        assert (grad is None) == (of is None), name
+        if grad is not None:
+            assert grad.dtype == (of.dtype if "prefix" in name else torch.float32), name
+            assert_close(grad, compare, exact_grad, name, eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_needed_is_not_computed(isa, memory, dtype):
+    for case in (CASES[1], SEPARATE[0], ROUTED[2]):
+        t = case.make(memory, dtype)
+        o, lse, _ = t.define(torch.float64)
+        lse = lse.float()
+        (dq, _), every = t.backward(o, lse)
+        _, none = t.backward(o, lse, needs=(False,) * 6)
+        assert none == (None,) * 6
+        for i, grad in enumerate(every):
+            _, got = t.backward(o, lse, dq=False, needs=[j == i for j in range(6)])
+            assert [g is not None for g in got] == [j == i and grad is not None for j in range(6)]
+            assert grad is None or torch.equal(got[i], grad)
