@@ -21,6 +21,14 @@ struct HeadRows {
   int64_t b, h, t;  // elements from one to the next
 };
 
+// [B, H, T]
+struct HeadNumbers {
+  float* data;
+  int64_t b, h, t;
+
+  float& at(int64_t i, int64_t j, int64_t k) const { return data[i * b + j * h + k * t]; }
+};
+
 // [A, Hk, N, D]; flat ones [Hk, ΣN, D] have a = 0
 struct HeadKeys {
   void* data;
@@ -57,7 +65,7 @@ struct Attend {
   int dtype;
   HeadRows q, o;    // o: of what was seen already, changed in place
   HeadRows before;  // o of what was seen already, where o is only written; else absent
-  float* lse;       // [B, H, T], contiguous
+  HeadNumbers lse;
   bool separate;    // lse is only written
   bool fresh;       // o and lse are only written: nothing was seen
   Segment segment;
@@ -69,7 +77,7 @@ struct GradAttend {
   int64_t B, H, T, D;  // all 1 or more, D up to MAX_HEAD_DIM
   int dtype;
   HeadRows grad_o, q, o;
-  const float* lse;
+  HeadNumbers lse;
   HeadRows grad_q;  // added to in place; may be absent
   bool separate;
   bool fresh;  // grad_q is only written

@@ -129,7 +129,7 @@ class Tensors:
         master = torch.float32 if case.masters else dtype
         self.q, self.do = self.heads(), self.heads()
         self.o_x = self.heads()
-        self.lse_x = self.copy(torch.randn(B, H, T), torch.float32)
+        self.lse_x = self.lse()
         self.lse_x[:, :, ::3] = -torch.inf  # rows that have seen nothing
         self.o_x[:, :, ::3] = 0
         self.offsets = None
@@ -162,6 +162,12 @@ class Tensors:
         made = self.memory.empty(1, len(values) * (dtype.itemsize // 4), torch.float32).view(dtype)[0]
         return made.copy_(torch.tensor(list(values)))
 
+    def lse(self):
+        B, H, _, T, *_ = self.case.shape
+        if self.case.by_t:
+            return self.copy(torch.randn(B, T, H), torch.float32).transpose(1, 2)
+        return self.copy(torch.randn(B, H, T), torch.float32)
+
     def heads(self):
         B, H, _, T, _, D = self.case.shape
         if self.case.by_t:
@@ -180,7 +186,7 @@ class Tensors:
     # ---- the passes ----
 
     def forward(self):
-        o, lse = self.heads().copy_(self.o_x), self.copy(self.lse_x, torch.float32)
+        o, lse = self.heads().copy_(self.o_x), self.lse().copy_(self.lse_x)
         with num_threads(self.case.threads):
             got, got_lse = native.prefix_attention_forward(
                 self.q, *self.prefix(), o, lse, self.case.separate, self.case.p, SEED, self.scale()
@@ -210,7 +216,7 @@ class Tensors:
 
     def define(self, dtype):
         """-> o, lse, gradients of `differentiable`, None where there is none; of what was seen: o_x and lse_x"""
-        case, (B, H, Hk, T, P, D) = self.case, self.case.shape
+        case, (B, H, Hk, T, P, _) = self.case, self.case.shape
         leaves = [t if t is None else t.detach().to(dtype).requires_grad_() for t in self.differentiable()]
         q, pk, pv, gk, gv, bias, c = leaves
         offsets = self.offsets.tolist() if case.flat else None

@@ -360,7 +360,7 @@ struct Attending {
     alignas(64) float lse[LANES], kept[LANES], added[LANES], gate[LANES];
     for (int i = 0; i < LANES; ++i) lse[i] = -INFINITY;
     if (!starts)
-      b.each([&](int lane, int64_t i, int64_t h, int64_t t) { lse[lane] = LOG2E * d.lse[(i * d.H + h) * d.T + t]; });
+      b.each([&](int lane, int64_t i, int64_t h, int64_t t) { lse[lane] = LOG2E * d.lse.at(i, h, t); });
     if (d.separate) read_gate_out(gate, s, b, a);
     if (!direct && starts) memset(o_tile, 0, sizeof(float) * b.rows() * tile_ld);
     if (!direct && !starts)
@@ -389,7 +389,7 @@ struct Attending {
       tile_gemm<1, LD>(row_at<T>(d.o, b.b, b.h, b.t), d.o.t, p, keys.v_across(i), size.wide, b.rows(), depth,
                        (int)(size.wide / W), none, Merge{kept, added});
     }
-    b.each([&](int lane, int64_t i, int64_t h, int64_t t) { d.lse[(i * d.H + h) * d.T + t] = LN2 * lse[lane]; });
+    b.each([&](int lane, int64_t i, int64_t h, int64_t t) { d.lse.at(i, h, t) = LN2 * lse[lane]; });
     if (direct) return;
     b.each([&](int lane, int64_t i, int64_t h, int64_t t) {
       T* o = row_at<T>(d.o, i, h, t);
@@ -410,7 +410,7 @@ struct Attending {
     alignas(64) float nan[MAX_HEAD_DIM];
     for (float& each : nan) each = NAN;
     b.each([&](int, int64_t i, int64_t h, int64_t t) {
-      d.lse[(i * d.H + h) * d.T + t] = a == FOREIGN ? NAN : -INFINITY;
+      d.lse.at(i, h, t) = a == FOREIGN ? NAN : -INFINITY;
       if (a == FOREIGN) convert_row(row_at<T>(d.o, i, h, t), nan, d.D);
     });
   }
@@ -642,7 +642,7 @@ struct Differentiating {
     for (int i = 0; i < LANES; ++i) row.lse[i] = INFINITY, row.delta[i] = 0.0f;
     read_gate_out(row.gate, s, b, a);
     b.each([&](int lane, int64_t i, int64_t h, int64_t t) {
-      const float lse = d.lse[(i * d.H + h) * d.T + t];
+      const float lse = d.lse.at(i, h, t);
       row.lse[lane] = lse == -INFINITY ? INFINITY : lse * LOG2E;
       if (!d.separate) row.delta[lane] = dot(row_at<T>(d.grad_o, i, h, t), row_at<T>(d.o, i, h, t), d.D);
     });

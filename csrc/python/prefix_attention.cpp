@@ -34,10 +34,10 @@ HeadRows rows(const char* op, const char* argument, const Tensor& t, const Heads
   return {t.data(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-float* lse_of(const char* op, const Tensor& t, const Heads& n) {
-  if (!t.is({n.B, n.H, n.T}) || t.dtype() != FLOAT32 || !on_cpu(t) || !t.contiguous())
-    refuse(op, "lse", text("[", n.B, ", ", n.H, ", ", n.T, "], contiguous, float32"), t);
-  return (float*)t.data();
+HeadNumbers lse_of(const char* op, const Tensor& t, const Heads& n) {
+  if (!t.is({n.B, n.H, n.T}) || t.dtype() != FLOAT32 || !on_cpu(t))
+    refuse(op, "lse", text("[", n.B, ", ", n.H, ", ", n.T, "], float32, on the CPU"), t);
+  return {(float*)t.data(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // k or v of a segment, [A, Hk, N, D] or, flat, [Hk, ΣN, D]
@@ -173,6 +173,11 @@ Result allocate_rows(const Tensor& q, const Heads& n, bool by_t, HeadRows* rows)
   if (by_t) made.object = made.object.attr("transpose")(1, 2);
   return made;
 }
+Result allocate_lse(const Tensor& q, const Heads& n, HeadNumbers* lse) {
+  const Result made = allocate(q, {n.B, n.H, n.T}, FLOAT32);
+  *lse = {(float*)made.data, n.H * n.T, n.T, 1};
+  return made;
+}
 bool lies_by_t(const Tensor& t) { return t.stride(1) < t.stride(2); }
 
 // of t's shape; zeros where no kernel will run
@@ -217,14 +222,14 @@ py::tuple forward(const Tensor& q, PREFIX_ARGUMENTS, py::object o, py::object ls
   const Prefix prefix PREFIX;
   const Segment s = prefix.segment(op, n, p, seed, scale);
   const Tensor before = o.cast<Tensor>(), lse_before = lse.cast<Tensor>();
-  Attend call{n.B,     n.H,      n.T,   n.D, n.dtype, rows(op, "q", q, n), rows(op, "o", before, n), {},
-              nullptr, separate, false, s,   way()};
-  call.lse = lse_of(op, lse_before, n);
+  Attend call{};
+  call.B = n.B, call.H = n.H, call.T = n.T, call.D = n.D, call.dtype = n.dtype;
+  call.q = rows(op, "q", q, n), call.o = rows(op, "o", before, n), call.lse = lse_of(op, lse_before, n);
+  call.separate = separate, call.segment = s, call.way = way();
   if (separate) {
     call.before = call.o;
     o = allocate_rows(q, n, lies_by_t(before), &call.o).object;
-    const Result made = allocate(q, {n.B, n.H, n.T}, FLOAT32);
-    lse = made.object, call.lse = (float*)made.data;
+    lse = allocate_lse(q, n, &call.lse).object;
   }
   if (!n.empty()) run_segment(op, n, s, call, prefix_attention().attend);
   return py::make_tuple(o, lse);
@@ -272,9 +277,10 @@ py::tuple tokens(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
   const char* const op = "prefix_attention_tokens";
   const Heads n = heads_of(op, q);
   const Segment s = token_segment(op, n, k, v, causal, mask, p, seed, scale);
-  Attend call{n.B, n.H, n.T, n.D, n.dtype, rows(op, "q", q, n), {}, {}, nullptr, false, true, s, way()};
-  const Result o = allocate_rows(q, n, true, &call.o), lse = allocate(q, {n.B, n.H, n.T}, FLOAT32);
-  call.lse = (float*)lse.data;
+  Attend call{};
+  call.B = n.B, call.H = n.H, call.T = n.T, call.D = n.D, call.dtype = n.dtype;
+  call.q = rows(op, "q", q, n), call.fresh = true, call.segment = s, call.way = way();
+  const Result o = allocate_rows(q, n, true, &call.o), lse = allocate_lse(q, n, &call.lse);
   if (!n.empty()) run_segment(op, n, s, call, prefix_attention().attend);
   return py::make_tuple(o.object, lse.object);
 }
