@@ -306,3 +306,98 @@ def test_what_is_not_needed_is_not_computed(isa, memory, dtype):
             _, got = t.backward(o, lse, dq=False, needs=[j == i for j in range(6)])
             assert [g is not None for g in got] == [j == i and grad is not None for j in range(6)]
             assert grad is None or torch.equal(got[i], grad)
+
+
+# ---- tokens ----
+
+
+@dataclass
+class TokenCase:
+    shape: tuple[int, ...]  # B, H, Hk, T, S, D
+    causal: bool = False
+    mask: str = ""  # "padding", or a bool mask's whole dimensions; "+..." of an additive one
+    p: float = 0.0
+    threads: int = 2
+
+
+TOKENS = [
+    TokenCase((1, 1, 1, 2, 2, 1)),
+    TokenCase((2, 4, 2, 7, 7, 8), True, "", 0.2),
+    TokenCase((2, 4, 1, 70, 133, 16), True, "padding", 0.1),
+    TokenCase((2, 4, 1, 70, 40, 64), True, "", 0.0),
+    TokenCase((1, 2, 2, 130, 130, 64), True, "", 0.1, 3),
+    TokenCase((3, 4, 4, 5, 200, 33), False, "padding", 0.5),
+    TokenCase((2, 4, 2, 1, 65, 128), True, "padding", 0.1),
+    TokenCase((2, 2, 1, 66, 65, 24), False, "bts"),
+    TokenCase((2, 2, 1, 66, 65, 24), False, "hts", 0.3),
+    TokenCase((2, 6, 3, 9, 80, 20), False, "+bhts", 0.3),
+    TokenCase((2, 6, 3, 9, 80, 20), False, "+bs"),
+    TokenCase((2, 2, 1, 3, 0, 8), False, ""),
+]
+
+
+class Tokens:
+    def __init__(self, case: TokenCase, memory: Memory, dtype: torch.dtype):
+        self.case, self.dtype = case, dtype
+        B, H, Hk, T, S, D = case.shape
+
+        def copy(values):
+            made = memory.empty(int(np.prod(values.shape[:-1])), values.shape[-1], dtype).view(values.shape)
+            return made.copy_(values)
+
+        self.q, self.do = (copy(torch.randn(B, T, H, D)).transpose(1, 2) for _ in range(2))
+        self.k, self.v = (copy(torch.randn(B, S, Hk, D)).transpose(1, 2) for _ in range(2))
+        self.mask = None
+        if case.mask == "padding":
+            self.mask = torch.arange(S) >= torch.arange(B)[:, None] * S // 2  # left padding
+        elif case.mask:
+            shape = [n if d in case.mask else 1 for d, n in zip("bhts", (B, H, T, S))]
+            seen = torch.rand(shape) < 0.6
+            seen[0, 0, 0] = False
+            self.mask = copy(torch.randn(shape).masked_fill(~seen, -torch.inf)) if "+" in case.mask else seen
+
+    def arguments(self):
+        return self.case.causal, self.mask, self.case.p, SEED, self.case.shape[-1] ** -0.5
+
+    def define(self, dtype):
+        """-> o, lse, dq, dk, dv"""
+        B, H, Hk, T, S, D = self.case.shape
+        q, k, v = (t.detach().to(dtype).requires_grad_() for t in (self.q, self.k, self.v))
+        s = D**-0.5 * q @ k.repeat_interleave(H // Hk, 1).mT
+        if self.case.mask == "padding":
+            s = s.masked_fill(~self.mask[:, None, None], -torch.inf)
+        elif self.mask is not None:
+            s = s + self.mask.to(dtype) if "+" in self.case.mask else s.masked_fill(~self.mask, -torch.inf)
+        if self.case.causal:
+            s = s.masked_fill(torch.arange(S) > torch.arange(T)[:, None] + S - T, -torch.inf)
+        lse = s.detach().logsumexp(-1)
+        weights = s.masked_fill(torch.isneginf(lse)[..., None], -1e4).softmax(-1)
+        weights = weights.masked_fill(torch.isneginf(lse)[..., None], 0)
+        if self.case.p:
+            weights = weights * dropout_mask(SEED, (B, H, T, S), self.case.p, 1).to(dtype) / (1 - self.case.p)
+        o = weights @ v.repeat_interleave(H // Hk, 1)
+        return o.detach(), lse, *torch.autograd.grad(o, (q, k, v), self.do.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", TOKENS, ids=range(len(TOKENS)))
+def test_tokens(isa, memory, dtype, case):
+    t, eps = Tokens(case, memory, dtype), torch.finfo(dtype).eps
+    (exact, exact_lse, *exact_grads), (same, same_lses, *same_grads) = t.define(torch.float64), t.define(dtype)
+    with num_threads(case.threads):
+        o, lse = native.prefix_attention_tokens(t.q, t.k, t.v, *t.arguments())
+        got = native.prefix_attention_grad_tokens(
+            t.do, t.q, t.k, t.v, exact.to(dtype), exact_lse.float(), *t.arguments(), (True,) * 3
+        )
+        for i in range(3):
+            one = native.prefix_attention_grad_tokens(
+                t.do, t.q, t.k, t.v, exact.to(dtype), exact_lse.float(), *t.arguments(), [i == j for j in range(3)]
+            )
+            assert [g is not None for g in one] == [i == j for j in range(3)] and torch.equal(one[i], got[i])
+    assert o.dtype == dtype and lse.dtype == torch.float32 and o.transpose(1, 2).is_contiguous()
+    assert_close(o, same, exact, "o", eps)
+    found, want = same_lse(lse, exact_lse, "lse")
+    assert_close(found, same_lse(same_lses, exact_lse, "composition")[0], want, "lse", eps)
+    for name, grad, compare, exact_grad in zip(("dq", "dk", "dv"), got, same_grads, exact_grads):
+        assert grad.dtype == dtype
+        assert_close(grad, compare, exact_grad, name, eps)
