@@ -401,3 +401,157 @@ def test_tokens(isa, memory, dtype, case):
     for name, grad, compare, exact_grad in zip(("dq", "dk", "dv"), got, same_grads, exact_grads):
         assert grad.dtype == dtype
         assert_close(grad, compare, exact_grad, name, eps)
+
+
+# ---- rows without a prefix, or with one that is not there ----
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_an_index_out_of_range_reads_nothing_foreign(isa, memory, separate):
+    """Its row is NaN, the others are as without it, and it has no part in what is shared."""
+    shape, gate = (4, 4, 2, 5, 9, 16), "shared" if separate else ""
+    case = Case(shape, "bp", "1", "shared", separate, gate, index=(1, 0, 1, 0), lengths=(9, 3))
+    t = case.make(memory, torch.float32)
+    o, lse = t.forward()
+    exact_o, exact_lse, _ = t.define(torch.float64)
+    for foreign in (2, -2, 2**31 - 1, -(2**31)):
+        case.index = (1, 0, -1, 0)
+        t.index = t.integers(case.index, torch.int32)
+        (dq, before), grads = t.backward(exact_o, exact_lse.float())
+        t.index = t.integers((1, 0, foreign, 0), torch.int32)
+        got, got_lse = t.forward()
+        assert got[2].isnan().all() and got_lse[2].isnan().all()
+        others = [0, 1, 3]
+        assert torch.equal(got[others], o[others]) and torch.equal(got_lse[others], lse[others])
+        (dq_2, before_2), grads_2 = t.backward(exact_o, exact_lse.float())
+        for one, other in zip([dq - before, *grads], [dq_2 - before_2, *grads_2]):
+            assert one is other is None or torch.allclose(one, other, atol=1e-6, rtol=0)
+
+
+# ---- special values, repeatability ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_stays_in_its_rows(isa, memory, dtype):
+    """A NaN reaches what attends to it and nothing else: no padded lane spreads it."""
+    case = Case((2, 4, 2, 37, 19, 24), "btp", "btp", "each", index=(0, 1), lengths=(19, 6))
+    for operand in ("q", "gate_k", "prefix_k", "prefix_v"):
+        t = case.make(memory, dtype)
+        getattr(t, operand)[0, 1 if "prefix" in operand else -1, 3 if "gate" not in operand else 0, 2] = torch.nan
+        exact, exact_lse, exact_grads = t.define(torch.float64)
+        o, lse = t.forward()
+        assert torch.equal(o.isnan(), exact.isnan()) and torch.equal(lse.isnan(), exact_lse.isnan()), operand
+        (dq, before), got = t.backward(exact, exact_lse.float())
+        for one, other in zip((dq, *got), exact_grads):
+            assert one is None or torch.equal(one.isnan(), other.isnan()), operand
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_repeat_bit_for_bit(isa, memory, dtype, threads):
+    case = Case((3, 6, 3, 130, 65, 32), "bp", "tp", "shared", p=0.1, threads=threads)
+    tokens = Tokens(TokenCase((2, 4, 1, 130, 130, 32), True, "", 0.1), memory, dtype)
+    t = case.make(memory, dtype)
+    exact, exact_lse, _ = t.define(torch.float64)
+    results = []
+    for _ in range(3):
+        torch.manual_seed(1)
+        (dq, _), grads = t.backward(exact, exact_lse.float())
+        with num_threads(threads):
+            o, lse = native.prefix_attention_tokens(tokens.q, tokens.k, tokens.v, *tokens.arguments())
+            of_tokens = native.prefix_attention_grad_tokens(
+                tokens.do, tokens.q, tokens.k, tokens.v, o, lse, *tokens.arguments(), (True,) * 3
+            )
+        results.append([*t.forward(), dq, *(g for g in grads if g is not None), o, lse, *of_tokens])
+    for again in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], again, strict=True))
+
+
+def test_one_number_of_threads_gives_what_another_gives(isa, memory):
+    """Forward and dq bit for bit: a row's sums do not depend on who computes them."""
+    case = Case((2, 4, 2, 150, 70, 32), "btp", "btp", "shared")
+    t = case.make(memory, torch.bfloat16)
+    exact, exact_lse, _ = t.define(torch.float64)
+    results = []
+    for case.threads in (1, 2, 5):
+        torch.manual_seed(1)
+        (dq, _), _ = t.backward(exact, exact_lse.float())
+        results.append([*t.forward(), dq])
+    for again in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], again, strict=True))
+
+
+# ---- what is not taken ----
+
+
+def test_what_would_touch_foreign_memory_is_refused():
+    B, H, Hk, T, P, D = 2, 4, 2, 3, 5, 8
+    good = {
+        "q": torch.randn(B, H, T, D), "prefix_k": torch.randn(1, Hk, P, D), "prefix_v": torch.randn(1, Hk, P, D),
+        "gate_k": None, "gate_v": None, "log_bias": None, "gate_out": None, "index": None, "lengths": None,
+        "offsets": None, "o": torch.randn(B, H, T, D), "lse": torch.randn(B, H, T), "separate": False, "p": 0.0,
+        "seed": None, "scale": 1.0,
+    }  # fmt: skip
+    flat = {"prefix_k": torch.randn(Hk, P, D), "prefix_v": torch.randn(Hk, P, D), "index": torch.zeros(B).int()}
+    wrong = [
+        ({"q": torch.randn(B, H, T, D).double()}, "q must be"),
+        ({"q": torch.randn(B, H, T, 257)}, "q must be .*D up to 256"),
+        ({"q": torch.randn(B, H, D, T).mT}, "q must be"),
+        ({"q": torch.randn(H, T, D)}, "q must be"),
+        ({"prefix_k": torch.randn(1, 3, P, D), "prefix_v": torch.randn(1, 3, P, D)}, "prefix_k must be .*divides H = 4"),
+        ({"prefix_k": torch.randn(1, Hk, P, D + 1)}, "prefix_k must be"),
+        ({"prefix_v": torch.randn(1, Hk, P + 1, D)}, "prefix_v must be of prefix_k's shape"),
+        ({"prefix_k": torch.randn(3, Hk, P, D), "prefix_v": torch.randn(3, Hk, P, D)}, "index must be"),
+        ({"index": torch.zeros(B).long()}, "index must be .*int32"),
+        ({"index": torch.zeros(B + 1).int()}, "index must be"),
+        ({"lengths": torch.zeros(2).int()}, "lengths must be"),
+        ({"offsets": torch.zeros(2).long()}, "offsets must be None"),
+        (flat, "offsets must be"),
+        (flat | {"offsets": torch.tensor([0, P + 1])}, "offsets must be ascending"),
+        (flat | {"offsets": torch.tensor([-1, P])}, "offsets must be ascending"),
+        (flat | {"offsets": torch.tensor([0, 3, 2])}, "offsets must be ascending"),
+        (flat | {"offsets": torch.tensor([0, P]), "gate_k": torch.ones(B, 1, 1, P - 1)}, "gate_k must be"),
+        ({"gate_k": torch.ones(B, 1, 1, P + 1)}, "gate_k must be"),
+        ({"gate_v": torch.ones(B, 1, P)}, "gate_v must be"),
+        ({"log_bias": torch.ones(2, H, P)}, "log_bias must be"),
+        ({"log_bias": torch.ones(1, 1, P)}, "log_bias must be"),
+        ({"gate_out": torch.ones(H)}, "gate_out must be"),
+        ({"o": torch.randn(B, H, T, D).bfloat16()}, "o must be"),
+        ({"o": torch.randn(B, H, T + 1, D)}, "o must be"),
+        ({"lse": torch.randn(B, H, T).double()}, "lse must be"),
+        ({"lse": torch.randn(B, T, H)}, "lse must be"),
+        ({"p": 0.5}, "seed must be"),
+        ({"p": 1.0, "seed": SEED}, "p must be"),
+    ]
+    native.prefix_attention_forward(*good.values())
+    for change, said in wrong:
+        with pytest.raises(ValueError, match=f"prefix_attention_forward: {said}"):
+            native.prefix_attention_forward(*(good | change).values())
+
+    q, k, o, lse = (good[name] for name in ("q", "prefix_k", "o", "lse"))
+    prefix = [good[name] for name in list(good)[1:10]]
+    for grad_o, o_, dq, said in [(o[:1], o, None, "do must"), (o, None, None, "o must"), (o, o, o[:, :1], "dq must")]:
+        with pytest.raises(ValueError, match=f"prefix_attention_backward: {said}"):
+            native.prefix_attention_backward(grad_o, q, *prefix, o_, lse, dq, False, 0.0, None, 1.0, (True,) * 6)
+    k = k.repeat(B, 1, 1, 1)
+    for key, v, mask, said in [
+        (k[:1], k, None, "k must"),
+        (k, k[:, :, 1:], None, "v must"),
+        (k.bfloat16(), k.bfloat16(), None, "k must"),
+        (k, k, torch.ones(B, P), "mask must"),
+        (k, k, torch.ones(B, H, T, P + 1), "mask must"),
+        (k, k, torch.ones(B, H, T, P).long(), "mask must"),
+    ]:
+        with pytest.raises(ValueError, match=f"prefix_attention_tokens: {said}"):
+            native.prefix_attention_tokens(q, key, v, False, mask, 0.0, None, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 3, 5, 8), (2, 0, 2, 3, 5, 8), (2, 4, 2, 0, 5, 8)])
+def test_empty_tensors(isa, memory, shape):
+    case = Case(shape, "bp", "1", "shared")
+    t = case.make(memory, torch.bfloat16)
+    o, lse = t.forward()
+    _, grads = t.backward(o, lse)
+    assert all(g is None or not g.any() for g in grads)
+    for like, g in zip(t.differentiable()[1:], grads):
+        assert like is None or g.shape == like.shape
