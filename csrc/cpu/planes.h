@@ -21,7 +21,7 @@ struct Block {
   int64_t b, bn, h, hn, t, tn;
 
   int rows() const { return (int)(bn * hn * tn); }
-  int lanes() const { return (int)round_up(rows(), 2 * W); }
+  int lanes() const { return (int)round_up(rows(), W); }
   bool one_run() const { return bn * hn == 1; }
   // calls f(lane, b, h) with the first lane of each run of tn rows
   template <class F>
@@ -112,6 +112,21 @@ Factor read_plane(float* tile, const Plane& p, const Block& block, int64_t a, Pa
   return {tile, LD, 1};
 }
 
+// Reads a plane into its tile; what the heads of a group share is read once.
+struct PlaneTile {
+  float* tile = nullptr;
+  Factor last;
+  int64_t a = -1, n0 = 0;
+  Block block{};
+
+  Factor read(const Plane& p, const Block& next, int64_t next_a, Panel panel) {
+    const bool same = next_a == a && panel.n0 == n0 && next.b == block.b && next.t == block.t && next.hn == block.hn;
+    if (p.h || !same) last = read_plane(tile, p, next, next_a, panel, 1.0f);
+    a = next_a, n0 = panel.n0, block = next;
+    return last;
+  }
+};
+
 // The gradient of a plane. In a first stage each block of rows adds to elements that are its own: [B, H or Hk, T or
 // blocks of rows, N or 1], where a plane that is broadcast over heads has one row for a group of them, and one that is
 // broadcast over t one for a block. A second stage sums what the plane is broadcast along, in a fixed order.
@@ -135,16 +150,16 @@ struct PlaneGrad {
   int64_t size() const { return out ? B * heads * rows * columns : 0; }
   float* row(int64_t b, int64_t head, int64_t t) const { return stage + ((b * heads + head) * rows + t) * columns; }
 
-  // zeroed sums for a block, in `tile`
-  Sums begin(float* tile, const Block& block, Panel panel) const {
+  // Zeroed sums for a block, in `tile`; or those of the last head of a group, whose sums are one.
+  Sums begin(float* tile, const Block& block, Panel panel, bool next_head) const {
     if (!out) return {};
     const bool whole = block.one_run() && !plane.has_t;
-    memset(tile, 0, sizeof(float) * panel.n * (whole ? W : LD));
+    if (plane.has_h || !next_head) memset(tile, 0, sizeof(float) * panel.n * (whole ? W : LD));
     return {tile, whole ? W : LD, whole ? 0 : 1};
   }
 
-  void finish(const Sums& sums, const Block& block, int64_t row_block, Panel panel) const {
-    if (!out) return;
+  void finish(const Sums& sums, const Block& block, int64_t row_block, Panel panel, bool more_heads) const {
+    if (!out || (!plane.has_h && more_heads)) return;
     const int step = plane.has_n;
     const int64_t n0 = step ? panel.n0 : 0;
     alignas(64) float turned[LANES * KEYS];

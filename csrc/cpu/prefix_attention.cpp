@@ -15,224 +15,12 @@
 #include <float.h>
 #include <omp.h>
 
-#include "adapter.h"
+#include "columns.h"
+#include "dot.h"
 #include "exp.h"
-#include "planes.h"
+#include "segment.h"
 
 namespace {
-
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
-
-// ---- which rows see which keys ----
-
-constexpr int64_t NONE = -1, FOREIGN = -2;
-
-int64_t block_of(const Segment& s, int64_t b) {
-  if (!s.index) return s.by_row ? b : 0;
-  const int64_t a = s.index[b];
-  return a >= 0 && a < s.A ? a : a == NONE ? NONE : FOREIGN;
-}
-int64_t length_of(const Segment& s, int64_t a) {
-  if (a < 0) return 0;
-  int64_t n = s.offsets ? s.offsets[a + 1] - s.offsets[a] : s.N;
-  if (s.lengths) n = smaller(n, s.lengths[a] > 0 ? s.lengths[a] : 0);
-  return n;
-}
-Matrix keys_of(const HeadKeys& k, const Segment& s, int64_t a, int64_t hk) {
-  const int64_t at = a * k.a + hk * k.h + (s.offsets ? s.offsets[a] * k.n : 0);
-  return {(void*)element(k.data, k.dtype, at), k.n, k.dtype};
-}
-// how many of a block's N keys its last row sees
-int64_t seen_of(const Segment& s, const Block& block, int64_t T, int64_t N) {
-  if (!s.causal) return N;
-  const int64_t seen = block.t + block.tn + N - T;
-  return seen < 0 ? 0 : smaller(N, seen);
-}
-
-// How the rows of one key head are cut into blocks: of one head, or of short ones all of a group, of several batch rows
-// where those see the same keys.
-struct Cut {
-  int64_t tn, hn, bn, row_blocks;
-  Cut(int64_t B, int64_t T, int64_t G, bool one_block_of_keys)
-      : tn(T < LANES ? T : LANES), hn(smaller(G, LANES / tn)), bn(1), row_blocks(blocks(T, tn)) {
-    if (one_block_of_keys && hn == G && tn == T) bn = smaller(B, LANES / (hn * tn));
-  }
-};
-
-// ---- operands ----
-
-template <class E>
-struct Sizes {
-  int64_t D, depth, wide, along, across;
-  explicit Sizes(int64_t D)
-      : D(D),
-        depth(blocks(D, TERMS<E>)),
-        wide(round_up(D, W)),
-        along(Workspace::size(depth * LD)),
-        across(Workspace::size(KEYS / TERMS<E> * wide)) {}
-};
-
-// A thread's part of the workspace.
-struct Arena {
-  float* at;
-  template <class E = float>
-  E* take(int64_t elements) {
-    E* p = (E*)at;
-    at += Workspace::size(elements);
-    return p;
-  }
-};
-
-template <class T>
-T* row_at(const HeadRows& r, int64_t b, int64_t h, int64_t t) {
-  return (T*)r.data + b * r.b + h * r.h + t * r.t;
-}
-
-// out[d / TERMS, lane] = the elements along the rows of a block, [depth, LD], zeros in lanes behind them
-template <class T, class E>
-void rows_along(E* out, const HeadRows& r, const Block& block, const Sizes<E>& size) {
-  if (block.rows() < block.lanes()) memset((void*)out, 0, sizeof(E) * size.depth * LD);
-  block.runs([&](int lane, int64_t b, int64_t h) {
-    transpose(out + lane, LD, row_at<T>(r, b, h, block.t), r.t, block.tn, size.D);
-  });
-}
-
-// out[lane / TERMS, d] = the elements across the rows of a block, rows of out `wide` apart
-template <class T, class E>
-void rows_across(E* out, const HeadRows& r, const Block& block, const Sizes<E>& size) {
-  if constexpr (TERMS<E> == 1) {
-    block.each([&](int lane, int64_t b, int64_t h, int64_t t) {
-      convert_row(out + lane * size.wide, row_at<T>(r, b, h, t), size.D);
-    });
-  } else {
-    if (block.one_run())
-      return zip_rows(out, size.wide, row_at<T>(r, block.b, block.h, block.t), r.t, block.tn, size.D);
-    const T* first = nullptr;
-    block.each([&](int lane, int64_t b, int64_t h, int64_t t) {
-      const T* row = row_at<T>(r, b, h, t);
-      if (lane % 2) zip_rows(out + lane / 2 * size.wide, size.wide, first, row - first, 2, size.D);
-      if (lane % 2 == 0 && lane + 1 == block.rows()) zip_rows(out + lane / 2 * size.wide, size.wide, row, 0, 1, size.D);
-      first = row;
-    });
-  }
-}
-
-// The keys and values of one (a, hk) as operands, a panel at a time: those that more than one block of rows sees stay.
-template <class T, class E>
-struct Operands {
-  const Segment& s;
-  Sizes<E> size;
-  bool stay;
-  E* forms[4];  // k along [depth, LD] and across [KEYS / TERMS, wide] a panel, and v; null: not wanted
-  int64_t a = NONE, hk = 0, laid_out = 0;
-
-  static int64_t needs(const Segment& s, const Sizes<E>& size, bool stay, int count_along, int count_across) {
-    return (stay ? blocks(s.N, KEYS) : 1) * (count_along * size.along + count_across * size.across);
-  }
-  Operands(const Segment& s, const Sizes<E>& size, bool stay, const bool (&wanted)[4], Arena& arena)
-      : s(s), size(size), stay(stay) {
-    int i = 0;
-    for (const bool each : wanted) {
-      const int64_t of_panel = i % 2 ? size.across : size.along;
-      forms[i++] = each ? arena.take<E>((stay ? blocks(s.N, KEYS) : 1) * of_panel) : nullptr;
-    }
-  }
-
-  void choose(int64_t next_a, int64_t next_hk) {
-    if (next_a != a || next_hk != hk) a = next_a, hk = next_hk, laid_out = 0;
-  }
-  E* k_along(int64_t i) const { return forms[0] + (stay ? i * size.along : 0); }
-  E* k_across(int64_t i) const { return forms[1] + (stay ? i * size.across : 0); }
-  E* v_along(int64_t i) const { return forms[2] + (stay ? i * size.along : 0); }
-  E* v_across(int64_t i) const { return forms[3] + (stay ? i * size.across : 0); }
-
-  // Lays out panel i, of keys up to N, if it is not there.
-  void lay_out(int64_t i, int64_t N) {
-    if (stay && i < laid_out) return;
-    laid_out = i + 1;
-    const int64_t n0 = i * KEYS, n = smaller(KEYS, N - n0);
-    const Matrix all[] = {keys_of(s.k, s, a, hk), keys_of(s.v, s, a, hk)};
-    for (int j = 0; j < 2; ++j) {
-      const Matrix& rows = all[j];
-      E *along = forms[2 * j], *across = forms[2 * j + 1];
-      if (along) along += stay ? i * size.along : 0;
-      if (across) across += stay ? i * size.across : 0;
-      if constexpr (TERMS<E> == 2) {
-        if (rows.dtype == BFLOAT16) {
-          const bf16* at = (const bf16*)rows.data + n0 * rows.ld;
-          if (along) transpose(along, LD, at, rows.ld, n, size.D);
-          if (across) zip_rows(across, size.wide, at, rows.ld, n, size.D);
-          continue;
-        }
-      }
-      if (along) load_adapter_along<Ranks<T>>(along, LD, rows, n0, n, 0, size.D, Scale{});
-      if (across) load_adapter_across<Ranks<T>>(across, size.wide, rows, n0, n, size.D, Scale{});
-    }
-  }
-};
-
-// C[i, lane] = Σ_j L[j, i] · B[j, lane], i < I, j < depth: scores of a panel and a block
-template <class E>
-void scores(float* c, const E* l, const E* b, int I, int64_t depth, int lanes) {
-  NoTile none;
-  for (int64_t j = 0; j < depth; j += MAX_SUM) {
-    const int64_t n = smaller(MAX_SUM, depth - j);
-    if (j == 0)
-      tile_gemm<1, LD>(c, LD, l, b, LD, I, n, lanes / W, none, Replace{});
-    else
-      tile_gemm<1, LD>(c, LD, l + j * LD, b + j * LD, LD, I, n, lanes / W, none);
-  }
-}
-
-// The dropout factors of a panel and a block, [keys, LD].
-struct Mask {
-  const Keep keep;
-  const Philox philox;
-  Mask(const Dropout& d, uint32_t projection) : keep(d), philox(d.seed, projection) {}
-
-  Factor read(float* tile, const Block& block, int64_t H, int64_t T, Panel panel) const {
-    if (!keep) return {};
-    const uint32_t threshold = keep.threshold >> 32 ? 0xffffffffu : (uint32_t)keep.threshold;
-    uint64_t rows[2][LANES / 2] = {};
-    block.each(
-        [&](int lane, int64_t b, int64_t h, int64_t t) { rows[lane % 2][lane / 2] = (uint64_t)((b * H + h) * T + t); });
-    for (int lane = 0; lane < block.lanes(); lane += W) {
-      U even, odd;
-      memcpy(&even, rows[0] + lane / 2, sizeof even), memcpy(&odd, rows[1] + lane / 2, sizeof odd);
-      for (int n = 0; n < panel.n; n += 4)
-        philox.columns((panel.n0 + n) / 4, even, odd, [&](int j, U words) {
-          store(tile + (n + j) * LD + lane, ::keep(words, threshold, keep.value));
-        });
-    }
-    return {tile, LD, 1};
-  }
-};
-
-// The bias of a panel and a block, to base 2: of its plane, and -Inf where causality hides a key.
-Factor read_bias(float* tile, const Segment& s, const Block& block, int64_t a, Panel panel, int64_t T, int64_t N) {
-  const int64_t ahead = N - T;  // query t sees key n <= t + ahead
-  const bool hides = s.causal && panel.n0 + panel.n - 1 > block.t + ahead;
-  Plane plane = s.bias;
-  if (s.offsets && plane.data) plane.data = element(plane.data, plane.dtype, s.offsets[a] * plane.n);
-  const Factor bias = read_plane(tile, plane, block, a, panel, LOG2E, hides);
-  if (!hides) return bias;
-  if (!bias) memset(tile, 0, sizeof(float) * panel.n * LD);
-  block.runs([&](int lane, int64_t, int64_t) {
-    for (int n = 0; n < panel.n; ++n)
-      for (int64_t i = 0; i < block.tn && panel.n0 + n > block.t + i + ahead; ++i) tile[n * LD + lane + i] = -INFINITY;
-  });
-  return {tile, LD, 1};
-}
-
-// gate_out in a block's lanes, 1 without one
-void read_gate_out(float* lanes, const Segment& s, const Block& block, int64_t a) {
-  for (int i = 0; i < LANES; ++i) lanes[i] = 1.0f;
-  const Plane& p = s.gate_out;
-  if (!p.data) return;
-  block.runs([&](int lane, int64_t, int64_t h) {
-    for (int64_t i = 0; i < block.tn; ++i) plane_row(lanes + lane + i, p, a * p.b + h * p.h, 1, 1.0f);
-  });
-}
 
 // Two rows of a panel's tile as what is multiplied: across them, and along each (one and the same for floats).
 FP_INLINE void store_across(float* tile, int n, int lane, V first, V second) {
@@ -260,60 +48,58 @@ struct Merge {
   }
 };
 
-struct Factors {
-  Factor gate_k, gate_v, bias, keep;
-  float scale;
-};
-
 // Scores s [n, LD] become weights p, relative to their maximum or lse's, whichever is greater: o' = kept · o + added ·
-// Σ p v. lse (to base 2) becomes the merged one.
-template <class E>
-void weigh(float* s, E* p, int count, int lanes, const Factors& f, float* lse, float* kept, float* added) {
+// Σ p v. lse (to base 2) becomes the merged one. N vectors of lanes at a time.
+template <int N, class E>
+FP_INLINE void weigh_lanes(float* s, E* p, int count, int lane, const Factors& f, float* lse, float* kept,
+                           float* added) {
   const V scale = set1(f.scale * LOG2E);
-  for (int lane = 0; lane < lanes; lane += 2 * W) {
-    const V seen[] = {load(lse + lane), load(lse + lane + W)};
-    V most[] = {seen[0], seen[1]}, total[2];
-    for (int n = 0; n < count; ++n)
+  V most[N], total[N], old[N];
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const int at = lane + i * W;
-        const V factor = f.gate_k ? mul(scale, f.gate_k.at(n, at)) : scale;
-        const V raw = load(s + n * LD + at);
-        const V score = f.bias ? fma(raw, factor, f.bias.at(n, at)) : mul(raw, factor);
-        store(s + n * LD + at, score);
-        most[i] = max(most[i], score);
-      }
+  for (int i = 0; i < N; ++i) most[i] = load(lse + lane + i * W);
+  for (int n = 0; n < count; ++n)
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      most[i] = max(most[i], set1(-FLT_MAX));  // of nothing seen: -Inf - -Inf is NaN
-      total[i] = exp2(sub(seen[i], most[i]));
+    for (int i = 0; i < N; ++i) {
+      const int at = lane + i * W;
+      const V factor = f.gate_k ? mul(scale, f.gate_k.at(n, at)) : scale;
+      const V raw = load(s + n * LD + at);
+      const V score = f.bias ? fma(raw, factor, f.bias.at(n, at)) : mul(raw, factor);
+      store(s + n * LD + at, score);
+      most[i] = max(most[i], score);
     }
-    const V old[] = {total[0], total[1]};
-    for (int n = 0; n < count; n += 2)
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const int at = lane + i * W;
-        V first = exp2(sub(load(s + n * LD + at), most[i])), second = zero();
-        total[i] = add(total[i], first);
-        if (f.gate_v) first = mul(first, f.gate_v.at(n, at));
-        if (f.keep) first = mul(first, f.keep.at(n, at));
-        if (n + 1 < count) {
-          second = exp2(sub(load(s + (n + 1) * LD + at), most[i]));
-          total[i] = add(total[i], second);
-          if (f.gate_v) second = mul(second, f.gate_v.at(n + 1, at));
-          if (f.keep) second = mul(second, f.keep.at(n + 1, at));
-        }
-        store_across(p, n, at, first, second);
-      }
+  for (int i = 0; i < N; ++i) {
+    most[i] = max(most[i], set1(-FLT_MAX));  // of nothing seen: -Inf - -Inf is NaN
+    old[i] = total[i] = exp2(sub(load(lse + lane + i * W), most[i]));
+  }
+  const auto weight = [&](int n, int i) {
+    const V weight = exp2(sub(load(s + n * LD + lane + i * W), most[i]));
+    total[i] = add(total[i], weight);
+    const V gated = f.gate_v ? mul(weight, f.gate_v.at(n, lane + i * W)) : weight;
+    return f.keep ? mul(gated, f.keep.at(n, lane + i * W)) : gated;
+  };
+  for (int n = 0; n < count; n += 2)
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const V inverse = if_zero(total[i], zero(), div(set1(1.0f), total[i]));
-      store(kept + lane + i * W, mul(old[i], inverse));
-      store(added + lane + i * W, inverse);
-      store(lse + lane + i * W, if_zero(total[i], set1(-INFINITY), add(most[i], log2(total[i]))));
+    for (int i = 0; i < N; ++i) {
+      const V first = weight(n, i), second = n + 1 < count ? weight(n + 1, i) : zero();
+      store_across(p, n, lane + i * W, first, second);
     }
+#pragma GCC unroll 2
+  for (int i = 0; i < N; ++i) {
+    const V inverse = if_zero(total[i], zero(), div(set1(1.0f), total[i]));
+    store(kept + lane + i * W, mul(old[i], inverse));
+    store(added + lane + i * W, inverse);
+    store(lse + lane + i * W, if_zero(total[i], set1(-INFINITY), add(most[i], log2(total[i]))));
   }
 }
+template <class E>
+void weigh(float* s, E* p, int count, int lanes, const Factors& f, float* lse, float* kept, float* added) {
+  int lane = 0;
+  for (; lane + 2 * W <= lanes; lane += 2 * W) weigh_lanes<2>(s, p, count, lane, f, lse, kept, added);
+  if (lane < lanes) weigh_lanes<1>(s, p, count, lane, f, lse, kept, added);
+}
+
+constexpr int FEW_ROWS = W / 2;
 
 // A thread's buffers and what it does with a block of rows.
 template <class T, class E>
@@ -325,7 +111,11 @@ struct Attending {
   const int64_t tile_ld;
   Operands<T, E> keys;
   E *q, *p;
-  float *s_tile, *o_tile, *planes[4];
+  float *s_tile, *o_tile;
+  PlaneTile planes[4];
+  struct {  // of each lane: lse to base 2, what of o is kept and what is added to it, gate_out
+    alignas(64) float lse[LANES], kept[LANES], added[LANES], gate[LANES];
+  } row;
 
   static int64_t needs(const Attend& d, bool stay) {
     const Sizes<E> size(d.D);
@@ -343,7 +133,7 @@ struct Attending {
         p(arena.take<E>(KEYS * LD)),
         s_tile(TERMS<E> == 1 ? (float*)p : arena.take(KEYS * LD)),
         o_tile(arena.take(LANES * tile_ld)) {
-    for (float*& plane : planes) plane = arena.take(KEYS * LD);
+    for (PlaneTile& plane : planes) plane.tile = arena.take(KEYS * LD);
   }
 
   void block(const Block& b, int64_t hk) {
@@ -353,55 +143,102 @@ struct Attending {
         memcpy(row_at<T>(d.o, i, h, t), row_at<T>(d.before, i, h, t), sizeof(T) * d.D);
       });
     if (a < 0 || (N == 0 && !d.fresh)) return nothing(b, a);
-    const int64_t panels = blocks(seen, KEYS), D = d.D;
-    // one panel goes straight into o
-    const bool direct = panels == 1 && b.one_run() && D % W == 0 && !d.fresh;
-    const bool starts = d.separate || d.fresh;
-    alignas(64) float lse[LANES], kept[LANES], added[LANES], gate[LANES];
-    for (int i = 0; i < LANES; ++i) lse[i] = -INFINITY;
-    if (!starts)
-      b.each([&](int lane, int64_t i, int64_t h, int64_t t) { lse[lane] = LOG2E * d.lse.at(i, h, t); });
-    if (d.separate) read_gate_out(gate, s, b, a);
-    if (!direct && starts) memset(o_tile, 0, sizeof(float) * b.rows() * tile_ld);
-    if (!direct && !starts)
-      b.each([&](int lane, int64_t i, int64_t h, int64_t t) {
-        convert_row(o_tile + lane * tile_ld, row_at<T>(d.o, i, h, t), D);
-      });
-
+    const int64_t panels = blocks(seen, KEYS);
+    const bool few = !keys.stay && b.rows() <= FEW_ROWS && s.k.dtype == d.dtype && s.v.dtype == d.dtype;
+    const bool direct = panels == 1 && b.one_run() && d.D % W == 0 && !d.fresh && !few;  // straight into o
+    begin(b, a, direct);
+    if (few)
+      rows_to_float(b);
+    else
+      rows_along<T>(q, d.q, b, size);
     keys.choose(a, hk);
-    rows_along<T>(q, d.q, b, size);
-    NoTile none;
     for (int64_t i = 0; i < panels; ++i) {
       const Panel panel{i * KEYS, (int)smaller(KEYS, seen - i * KEYS)};
-      keys.lay_out(i, N);
-      scores(s_tile, keys.k_along(i), q, panel.n, size.depth, b.lanes());
-      const Factors f{read_plane(planes[0], s.gate_k, b, a, panel, 1.0f),
-                      read_plane(planes[1], s.gate_v, b, a, panel, 1.0f), read_bias(planes[2], s, b, a, panel, d.T, N),
-                      mask.read(planes[3], b, d.H, d.T, panel), s.scale};
-      weigh(s_tile, p, panel.n, b.lanes(), f, lse, kept, added);
-      const int64_t depth = blocks(panel.n, TERMS<E>);
-      if (!direct) {
-        tile_gemm<1, LD>(o_tile, tile_ld, p, keys.v_across(i), size.wide, b.rows(), depth, (int)(size.wide / W), none,
-                         Merge{kept, added});
+      const Factors f{planes[0].read(s.gate_k, b, a, panel), planes[1].read(s.gate_v, b, a, panel),
+                      read_bias(planes[2].tile, s, b, a, panel, d.T, N), mask.read(planes[3].tile, b, d.H, d.T, panel),
+                      s.scale};
+      if (few) {
+        merge_few(b, panel, f);
         continue;
       }
-      for (int r = 0; d.separate && r < LANES; ++r) kept[r] = 1.0f, added[r] *= gate[r];
-      tile_gemm<1, LD>(row_at<T>(d.o, b.b, b.h, b.t), d.o.t, p, keys.v_across(i), size.wide, b.rows(), depth,
-                       (int)(size.wide / W), none, Merge{kept, added});
+      keys.lay_out(i, N);
+      scores(s_tile, keys.k_along(i), q, panel.n, size.depth, b.lanes());
+      weigh(s_tile, p, panel.n, b.lanes(), f, row.lse, row.kept, row.added);
+      if (!direct) {
+        merge(o_tile, tile_ld, b, i, panel);
+        continue;
+      }
+      for (int r = 0; d.separate && r < LANES; ++r) row.kept[r] = 1.0f, row.added[r] *= row.gate[r];
+      merge(row_at<T>(d.o, b.b, b.h, b.t), d.o.t, b, i, panel);
     }
-    b.each([&](int lane, int64_t i, int64_t h, int64_t t) { d.lse.at(i, h, t) = LN2 * lse[lane]; });
+    finish(b, direct);
+  }
+
+  void begin(const Block& b, int64_t a, bool direct) {
+    const bool starts = d.separate || d.fresh;
+    for (float& each : row.lse) each = -INFINITY;
+    if (!starts) b.each([&](int lane, int64_t i, int64_t h, int64_t t) { row.lse[lane] = LOG2E * d.lse.at(i, h, t); });
+    if (d.separate) read_gate_out(row.gate, s, b, a);
+    if (direct) return;
+    if (starts) memset(o_tile, 0, sizeof(float) * b.rows() * tile_ld);
+    if (!starts)
+      b.each([&](int lane, int64_t i, int64_t h, int64_t t) {
+        convert_row(o_tile + lane * tile_ld, row_at<T>(d.o, i, h, t), d.D);
+      });
+  }
+
+  // o[lane, d] = kept[lane] · o + added[lane] · Σ_n p[n, lane] · v[n, d]
+  template <class C>
+  void merge(C* o, int64_t ld, const Block& b, int64_t i, Panel panel) {
+    NoTile none;
+    tile_gemm<1, LD>(o, ld, p, keys.v_across(i), size.wide, b.rows(), blocks(panel.n, TERMS<E>), (int)(size.wide / W),
+                     none, Merge{row.kept, row.added});
+  }
+
+  void finish(const Block& b, bool direct) {
+    b.each([&](int lane, int64_t i, int64_t h, int64_t t) { d.lse.at(i, h, t) = LN2 * row.lse[lane]; });
     if (direct) return;
     b.each([&](int lane, int64_t i, int64_t h, int64_t t) {
       T* o = row_at<T>(d.o, i, h, t);
       float* sum = o_tile + lane * tile_ld;
       if (d.separate) {
         alignas(64) float before[MAX_HEAD_DIM];
-        convert_row(before, o, D);
-        const V gate_out = set1(gate[lane]);
+        convert_row(before, o, d.D);
+        const V gate_out = set1(row.gate[lane]);
         for (int64_t j = 0; j < size.wide; j += W) store(sum + j, fma(gate_out, load(sum + j), load(before + j)));
       }
-      convert_row(o, sum, D);
+      convert_row(o, sum, d.D);
     });
+  }
+
+  // ---- few rows, whose keys no other block sees: read where they lie, at the speed of memory (dot.h, columns.h) ----
+
+  // [rows, wide] in q, zeros behind D
+  void rows_to_float(const Block& b) {
+    b.each([&](int lane, int64_t i, int64_t h, int64_t t) {
+      float* to = (float*)q + lane * size.wide;
+      store(to + size.wide - W, zero());
+      convert_row(to, row_at<T>(d.q, i, h, t), d.D);
+    });
+  }
+
+  void merge_few(const Block& b, Panel panel, const Factors& f) {
+    alignas(64) float by_row[W * KEYS], sums[FEW_ROWS * MAX_HEAD_DIM];
+    const int64_t wide = size.wide;
+    const int rows = b.rows();
+    const Matrix k = keys_of(s.k, s, keys.a, keys.hk), v = keys_of(s.v, s, keys.a, keys.hk);
+    dot_rows(by_row, KEYS, (const T*)k.data + panel.n0 * k.ld, k.ld, panel.n, (const float*)q, wide, rows, d.D, nullptr,
+             0, nullptr, 0);
+    transpose(s_tile, LD, by_row, KEYS, rows, panel.n);
+    weigh(s_tile, s_tile, panel.n, b.lanes(), f, row.lse, row.kept, row.added);
+    transpose(by_row, KEYS, s_tile, LD, panel.n, rows);
+    columns(sums, wide, (const T*)v.data + panel.n0 * v.ld, v.ld, d.D, by_row, KEYS, rows, panel.n);
+    const Merge merged{row.kept, row.added};
+    for (int lane = 0; lane < rows; ++lane)
+      for (int64_t j = 0; j < wide; j += W) {
+        float* to = o_tile + lane * tile_ld + j;
+        store(to, merged(to, lane, load(sums + lane * wide + j)));
+      }
   }
 
   // rows that see no key of this segment, or that ask for one that is not there
@@ -530,7 +367,8 @@ struct Differentiating {
   Operands<T, E> keys;
   E *q, *grad_o, *q_across, *grad_o_across;
   GradTiles<E> tiles;
-  float *s_tile, *dp_tile, *dq_tile, *planes[4], *sums[3];
+  float *s_tile, *dp_tile, *dq_tile, *sums[3];
+  PlaneTile planes[4];
   Lanes row;
 
   static int64_t needs(const GradAttend& d) {
@@ -554,7 +392,7 @@ struct Differentiating {
         s_tile(arena.take(KEYS * LD)),
         dp_tile(arena.take(KEYS * LD)),
         dq_tile(arena.take(LANES * tile_ld)) {
-    for (float*& plane : planes) plane = arena.take(KEYS * LD);
+    for (PlaneTile& plane : planes) plane.tile = arena.take(KEYS * LD);
     for (float*& sum : sums) sum = arena.take(KEYS * LD);
     if constexpr (TERMS<E> == 1) {
       tiles.ds_across = tiles.ds_along = s_tile, tiles.p_along = dp_tile;
@@ -569,11 +407,12 @@ struct Differentiating {
     keys.lay_out(i, N);
     scores(s_tile, keys.k_along(i), q, panel.n, size.depth, b.lanes());
     scores(dp_tile, keys.v_along(i), grad_o, panel.n, size.depth, b.lanes());
-    return {read_plane(planes[0], s.gate_k, b, a, panel, 1.0f), read_plane(planes[1], s.gate_v, b, a, panel, 1.0f),
-            read_bias(planes[2], s, b, a, panel, d.T, N), mask.read(planes[3], b, d.H, d.T, panel), s.scale};
+    return {planes[0].read(s.gate_k, b, a, panel), planes[1].read(s.gate_v, b, a, panel),
+            read_bias(planes[2].tile, s, b, a, panel, d.T, N), mask.read(planes[3].tile, b, d.H, d.T, panel), s.scale};
   }
 
-  void block(const Block& b, int64_t a, int64_t hk, int64_t row_block, const Slot& slot) {
+  // `first`, `last`: of the heads of a group, whose blocks are alike
+  void block(const Block& b, int64_t a, int64_t hk, int64_t row_block, const Slot& slot, bool first, bool last) {
     const int64_t N = length_of(s, a), seen = seen_of(s, b, d.T, N), panels = blocks(seen, KEYS), D = d.D;
     const bool wants_q = d.grad_q.data, direct = wants_q && panels == 1 && b.one_run() && D % W == 0;
     constexpr int ALONG = TERMS<E> == 1 ? LD : ALONG_LD<E>;
@@ -602,11 +441,14 @@ struct Differentiating {
     for (int64_t i = 0; i < panels; ++i) {
       const Panel panel = panel_of(i);
       if (!d.separate || panels > 1) f = read(b, a, N, i, panel);
-      tiles.gate_k = grads.gate_k.begin(sums[0], b, panel), tiles.gate_v = grads.gate_v.begin(sums[1], b, panel);
-      tiles.bias = grads.bias.begin(sums[2], b, panel);
+      const bool next_head = panels == 1 && !first, more_heads = panels == 1 && !last;
+      tiles.gate_k = grads.gate_k.begin(sums[0], b, panel, next_head);
+      tiles.gate_v = grads.gate_v.begin(sums[1], b, panel, next_head);
+      tiles.bias = grads.bias.begin(sums[2], b, panel, next_head);
       differentiate(s_tile, dp_tile, panel.n, b.lanes(), f, row, tiles);
-      grads.gate_k.finish(tiles.gate_k, b, row_block, panel), grads.gate_v.finish(tiles.gate_v, b, row_block, panel);
-      grads.bias.finish(tiles.bias, b, row_block, panel);
+      grads.gate_k.finish(tiles.gate_k, b, row_block, panel, more_heads);
+      grads.gate_v.finish(tiles.gate_v, b, row_block, panel, more_heads);
+      grads.bias.finish(tiles.bias, b, row_block, panel, more_heads);
       const int64_t depth = blocks(panel.n, TERMS<E>), row_depth = blocks(b.rows(), TERMS<E>);
       if (direct) {
         T* dq = row_at<T>(d.grad_q, b.b, b.h, b.t);
@@ -783,9 +625,11 @@ int grad(const GradAttend& d) {
         for (int64_t i = 0; i < cut.row_blocks; ++i) {
           if (first + i < part.begin || first + i >= part.end) continue;
           const int64_t t = i * cut.tn;
+          const bool alike = G % cut.hn == 0;
           for (int64_t g = 0; g < G; g += cut.hn)
             differentiating.block({b, 1, hk * G + g, smaller(cut.hn, G - g), t, smaller(cut.tn, d.T - t)}, a, hk, i,
-                                  {slots_k + slot * slot_size, slots_v + slot * slot_size});
+                                  {slots_k + slot * slot_size, slots_v + slot * slot_size}, !alike || g == 0,
+                                  !alike || g + cut.hn >= G);
         }
         first += cut.row_blocks;
       }
