@@ -2,12 +2,15 @@
 // instruction set's object keeps its own copy, so that none can leak into an object for older machines):
 //   W            fp32 lanes of a vector V;  MAX_VECS, ROWS_1, ROWS_2, ROWS_3: shapes of tile_gemm's register blocks
 //   V            zero() set1(f) load(p) store(p, v) store2(p, v0, v1) load_partial(p, n) store_partial(p, v, n) add mul
-//   fma(a, b, c) sum(v)
+//   fma(a, b, c) sum(v) sub div max(a, b): b where one is NaN; if_zero(x, a, b): a where x is 0, else b
+//   nearest(v): whole numbers; times_power(a, n): a · 2^n, n a whole number in LEAST_POWER (it gives 0) .. 127;
+//   exponent(v), significand(v): of positive normal numbers, the latter in [1, 2)
 //                (p: float*, bf16* or f16*; n in 1 .. W-1 elements, nothing beyond them is touched; other lanes load as
 //                0) transpose_block(v): W vectors as the rows of a square
 //   U            W/2 lanes of 64 bits: uset1(u) uadd mul32(a, b) (low halves) xor2 xor3
 //                shr32(a), dup32(a) (by a shift, by a shuffle: high halves moved to the low ones)
 //                ublocks(): 0 .. W/2-1 in the order of lanes that in_order expects
+//                pair(a, b): W 32-bit words, the low halves of a and b in turn
 //                in_order(words, c0, c1, c2, c3): words[0 .. 1], W 32-bit words each, = the low halves, block by block
 //   keep(words, threshold, value)   V: value where the word >= threshold, else 0
 //   Book         16 floats: load_book(p);  Codes: W dwords of 8 four-bit codes each: load_codes(p)
@@ -19,7 +22,7 @@
 // Where FASTPEFT_DOT is defined, also:
 //   Pairs        W bf16x2: load(p) store(p, v) set1(e), bits(v): those of a V
 //                load_pairs(p, n): of n numbers, zeros behind them; n <= 0: all zeros, nothing is read
-//                zip(out, a, b, n), zip_rounded(out, a, b): pairs out of two rows
+//                zip(out, a, b, n), zip(out, V, V), zip_rounded(out, V, V): pairs out of two rows
 //   fma(a, b, c) the products of pairs a and b added to c, a V
 //   pick(narrow, codes, shift)      Pairs: narrow[dword >> shift & 15] and narrow[dword >> shift >> 16 & 15]
 #pragma once

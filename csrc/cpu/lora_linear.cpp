@@ -135,13 +135,6 @@ float left_of(Keep& mask) {
   return factor;
 }
 
-// dst[i] = src[i] for an element type that is known at run time only: the adapter's gradients
-void row_from_float(void* dst, int dtype, const float* src, int64_t n) {
-  if (dtype == FLOAT32) return convert_row((float*)dst, src, n);
-  if (dtype == BFLOAT16) return convert_row((bf16*)dst, src, n);
-  convert_row((f16*)dst, src, n);
-}
-
 // ---- down ----
 
 template <class T, class E = float>

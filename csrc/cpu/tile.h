@@ -51,7 +51,7 @@ void round_row(float* row, int64_t n) {
   store_partial(row + i, load_partial(rounded, (int)(n - i)), (int)(n - i));
 }
 
-// the same where the element type is known at run time only: adapters, biases
+// the same where the element type is known at run time only: adapters, biases, their gradients
 FP_INLINE const void* element(const void* p, int dtype, int64_t i) {
   return (const char*)p + i * fastpeft::size_of(dtype);
 }
@@ -59,6 +59,11 @@ void row_to_float(float* dst, const void* src, int dtype, int64_t n) {
   if (dtype == fastpeft::FLOAT32) return convert_row(dst, (const float*)src, n);
   if (dtype == fastpeft::BFLOAT16) return convert_row(dst, (const bf16*)src, n);
   convert_row(dst, (const f16*)src, n);
+}
+inline void row_from_float(void* dst, int dtype, const float* src, int64_t n) {
+  if (dtype == fastpeft::FLOAT32) return convert_row((float*)dst, src, n);
+  if (dtype == fastpeft::BFLOAT16) return convert_row((bf16*)dst, src, n);
+  convert_row((f16*)dst, src, n);
 }
 
 // ---- tiles ----
@@ -231,11 +236,26 @@ struct Both {
   FP_INLINE void step() { first.step(), second.step(); }
 };
 
+// What a sum becomes of C[i, v], which lies at `at`.
+struct AddTo {
+  template <class C>
+  FP_INLINE V operator()(const C* at, int64_t, V sum) const {
+    return add(load(at), sum);
+  }
+};
+struct Replace {
+  template <class C>
+  FP_INLINE V operator()(const C*, int64_t, V sum) const {
+    return sum;
+  }
+};
+
 // C[i, v] += Σ_j L[i, j] · B[j, v] for I rows and N vectors, held in registers. L's strides are constants: one base
 // register serves all rows. The sum over j starts at zero: a long sum is built of short ones, as in a blocked GEMM.
 // C is fp32, or of another element type if this sum is all that is added to it: then it is rounded once.
-template <int I, int N, int LI, int LJ, class C, class E, class Next>
-FP_INLINE void gemm_block(C* c, int64_t ldc, const E* l, const E* b, int64_t ldb, int64_t J, Next& shared_next) {
+template <int I, int N, int LI, int LJ, class C, class E, class Next, class Into>
+FP_INLINE void gemm_block(C* c, int64_t ldc, const E* l, const E* b, int64_t ldb, int64_t J, Next& shared_next,
+                          const Into& into, int64_t row0) {
   using Elements = decltype(load(b));
   V acc[I][N];
 #pragma GCC unroll 16
@@ -261,39 +281,41 @@ FP_INLINE void gemm_block(C* c, int64_t ldc, const E* l, const E* b, int64_t ldb
     C* row = c + i * ldc;
 #pragma GCC unroll 8
     for (int v = 0; v + 1 < N; v += 2)
-      store2(row + v * W, add(load(row + v * W), acc[i][v]), add(load(row + (v + 1) * W), acc[i][v + 1]));
-    if (N % 2) store(row + (N - 1) * W, add(load(row + (N - 1) * W), acc[i][N - 1]));
+      store2(row + v * W, into(row + v * W, row0 + i, acc[i][v]), into(row + (v + 1) * W, row0 + i, acc[i][v + 1]));
+    if (N % 2) store(row + (N - 1) * W, into(row + (N - 1) * W, row0 + i, acc[i][N - 1]));
   }
 }
 
-template <int N, int LI, int LJ, class C, class E, class Next>
-void gemm_rows(C* c, int64_t ldc, const E* l, const E* b, int64_t ldb, int64_t I, int64_t J, Next& next) {
+template <int N, int LI, int LJ, class C, class E, class Next, class Into>
+void gemm_rows(C* c, int64_t ldc, const E* l, const E* b, int64_t ldb, int64_t I, int64_t J, Next& next,
+               const Into& into) {
   constexpr int ROWS = N == 1 ? ROWS_1 : N == 2 ? ROWS_2 : N == 3 ? ROWS_3 : 4;
   int64_t i = 0;
-  for (; i + ROWS <= I; i += ROWS) gemm_block<ROWS, N, LI, LJ>(c + i * ldc, ldc, l + i * LI, b, ldb, J, next);
+  for (; i + ROWS <= I; i += ROWS) gemm_block<ROWS, N, LI, LJ>(c + i * ldc, ldc, l + i * LI, b, ldb, J, next, into, i);
   if (ROWS > 4)
-    for (; i + 4 <= I; i += 4) gemm_block<4, N, LI, LJ>(c + i * ldc, ldc, l + i * LI, b, ldb, J, next);
-  for (; i < I; ++i) gemm_block<1, N, LI, LJ>(c + i * ldc, ldc, l + i * LI, b, ldb, J, next);
+    for (; i + 4 <= I; i += 4) gemm_block<4, N, LI, LJ>(c + i * ldc, ldc, l + i * LI, b, ldb, J, next, into, i);
+  for (; i < I; ++i) gemm_block<1, N, LI, LJ>(c + i * ldc, ldc, l + i * LI, b, ldb, J, next, into, i);
 }
 
 constexpr int64_t MAX_SUM = 128;  // longest sum over j in one go: B's block stays in L1 while all rows pass over it
 
 // C[i, 0 .. vecs*W) += Σ_j L[i, j] · B[j, 0 .. vecs*W), i < I, j < J; L[i, j] = l[i * LI + j * LJ]; fp32 C if J >
-// MAX_SUM
-template <int LI, int LJ, class C, class E, class Next>
-void tile_gemm(C* c, int64_t ldc, const E* l, const E* b, int64_t ldb, int64_t I, int64_t J, int vecs, Next& next) {
+// MAX_SUM. Another `into` than adding is applied to each run of MAX_SUM.
+template <int LI, int LJ, class C, class E, class Next, class Into = AddTo>
+void tile_gemm(C* c, int64_t ldc, const E* l, const E* b, int64_t ldb, int64_t I, int64_t J, int vecs, Next& next,
+               const Into& into = {}) {
   for (int64_t j0 = 0; j0 < J; j0 += MAX_SUM) {
     const E *lj = l + j0 * LJ, *bj = b + j0 * ldb;
     const int64_t jn = smaller(MAX_SUM, J - j0);
     for (int done = 0, parts = (vecs + MAX_VECS - 1) / MAX_VECS; parts > 0; --parts) {
       const int n = (vecs - done + parts - 1) / parts, v = done * W;
-      if (n == 1) gemm_rows<1, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next);
-      if (n == 2) gemm_rows<2, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next);
-      if (n == 3) gemm_rows<3, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next);
+      if (n == 1) gemm_rows<1, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next, into);
+      if (n == 2) gemm_rows<2, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next, into);
+      if (n == 3) gemm_rows<3, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next, into);
       if constexpr (MAX_VECS > 3) {
-        if (n == 4) gemm_rows<4, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next);
-        if (n == 5) gemm_rows<5, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next);
-        if (n == 6) gemm_rows<6, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next);
+        if (n == 4) gemm_rows<4, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next, into);
+        if (n == 5) gemm_rows<5, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next, into);
+        if (n == 6) gemm_rows<6, LI, LJ>(c + v, ldc, lj, bj + v, ldb, I, jn, next, into);
       }
       done += n;
     }
@@ -326,9 +348,6 @@ class Philox {
     const U from_c3 = uset1((uint32_t)(m >> 32) ^ key1), from_c1 = xor2(uset1(c1_1), k0[1]);
     const U from_p0 = xor2(uset1(p0_2 >> 32), k1[1]), c3_2 = uset1((uint32_t)p0_2);
     const U m0 = uset1(M0), m1 = uset1(M1);
-    // A value lies in the low half of its lane (mul32 reads no more), so that lo() costs nothing and hi() is one shift
-    // or shuffle, half of each, since they use different ports. Two chains in lockstep: each is one long dependence.
-    constexpr int CHAINS = 2;
     for (int64_t k = 0; k < n; k += CHAINS * 2 * W) {
       U c0[CHAINS], c1[CHAINS], c2[CHAINS], c3[CHAINS];
 #pragma GCC unroll 8
@@ -337,14 +356,7 @@ class Philox {
         const U p0 = mul32(block, m0), p1 = mul32(xor2(shr32(p0), from_c3), m1);
         c0[i] = xor2(shr32(p1), from_c1), c1[i] = p1, c2[i] = xor2(p0, from_p0), c3[i] = c3_2;
       }
-#pragma GCC unroll 10
-      for (int r = 2; r < ROUNDS; ++r)
-#pragma GCC unroll 8
-        for (int i = 0; i < CHAINS; ++i) {
-          const U p0 = mul32(c0[i], m0), p1 = mul32(c2[i], m1);
-          c0[i] = xor3(shr32(p1), c1[i], k0[r]), c1[i] = p1;
-          c2[i] = xor3(dup32(p0), c3[i], k1[r]), c3[i] = p0;
-        }
+      rounds<2>(c0, c1, c2, c3);
 #pragma GCC unroll 8
       for (int i = 0; i < CHAINS; ++i) {
         const int64_t at = k + i * 2 * W;
@@ -354,6 +366,37 @@ class Philox {
         if (at + W < n) f(at + W, words[1]);
       }
     }
+  }
+
+  // calls f(j, words) with the words of column 4 · block + j in W rows, j = 0 .. 3: the rows of `even` and `odd` in
+  // turn
+  template <class F>
+  FP_INLINE void columns(int64_t block, U even, U odd, F f) const {
+    using namespace philox;
+    static_assert(CHAINS == 2);
+    const uint64_t p0 = (uint64_t)M0 * (uint32_t)block;
+    const U from_p0 = uset1((uint32_t)(p0 >> 32) ^ key1), from_p1 = uset1((uint32_t)(m1_projection >> 32) ^ key0);
+    U c0[] = {xor2(even, from_p1), xor2(odd, from_p1)}, c1[] = {uset1((uint32_t)m1_projection), c1[0]};
+    U c2[] = {xor2(shr32(even), from_p0), xor2(shr32(odd), from_p0)}, c3[] = {uset1((uint32_t)p0), c3[0]};
+    rounds<1>(c0, c1, c2, c3);
+    f(0, pair(c0[0], c0[1])), f(1, pair(c1[0], c1[1])), f(2, pair(c2[0], c2[1])), f(3, pair(c3[0], c3[1]));
+  }
+
+ private:
+  // A value lies in the low half of its lane (mul32 reads no more), so that lo() costs nothing and hi() is one shift or
+  // shuffle, half of each, since they use different ports. Two chains in lockstep: each is one long dependence.
+  static constexpr int CHAINS = 2;
+  template <int FIRST>
+  FP_INLINE void rounds(U* c0, U* c1, U* c2, U* c3) const {
+    const U m0 = uset1(philox::M0), m1 = uset1(philox::M1);
+#pragma GCC unroll 10
+    for (int r = FIRST; r < philox::ROUNDS; ++r)
+#pragma GCC unroll 8
+      for (int i = 0; i < CHAINS; ++i) {
+        const U p0 = mul32(c0[i], m0), p1 = mul32(c2[i], m1);
+        c0[i] = xor3(shr32(p1), c1[i], k0[r]), c1[i] = p1;
+        c2[i] = xor3(dup32(p0), c3[i], k1[r]), c3[i] = p0;
+      }
   }
 };
 

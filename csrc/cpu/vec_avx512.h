@@ -5,6 +5,7 @@
 #include "elements.h"
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's own avx512fintrin.h (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 namespace {
 
@@ -20,6 +21,17 @@ FP_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
 FP_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 FP_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 FP_INLINE float sum(V a) { return _mm512_reduce_add_ps(a); }
+FP_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+FP_INLINE V div(V a, V b) { return _mm512_div_ps(a, b); }
+FP_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
+FP_INLINE V if_zero(V x, V a, V b) {
+  return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ), a);
+}
+FP_INLINE V nearest(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+constexpr float LEAST_POWER = -160.0f;
+FP_INLINE V times_power(V a, V n) { return _mm512_scalef_ps(a, n); }
+FP_INLINE V exponent(V a) { return _mm512_getexp_ps(a); }
+FP_INLINE V significand(V a) { return _mm512_getmant_ps(a, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src); }
 
 FP_INLINE __mmask16 first(int n) { return (__mmask16)((1u << n) - 1); }
 
@@ -90,7 +102,13 @@ FP_INLINE void zip(bf16x2* out, Pairs a, Pairs b, int n = 2 * W) {
   store(out, _mm512_permutex2var_epi16(a, first, b));
   if (n > W) store(out + W, _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(W)), b));
 }
-// the same of W numbers that are rounded already
+// the same of W numbers, rounded
+FP_INLINE void zip(bf16x2* out, V a, V b) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  store(out, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+}
+// of W numbers that are rounded already
 FP_INLINE void zip_rounded(bf16x2* out, V a, V b) {
   const Pairs high = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32((int)0xffff0000u));
   store(out, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), high));

@@ -28,6 +28,27 @@ FP_INLINE float float_of(uint32_t u) {
   return f;
 }
 
+FP_INLINE V sub(V a, V b) { return a - b; }
+FP_INLINE V div(V a, V b) { return a / b; }
+FP_INLINE V max(V a, V b) { return a > b ? a : b; }
+FP_INLINE V if_zero(V x, V a, V b) { return x == zero() ? a : b; }
+FP_INLINE V nearest(V a) {  // adding 1.5 * 2^23 leaves no bits for a fraction
+  return (a + set1(12582912.0f)) - set1(12582912.0f);
+}
+constexpr float LEAST_POWER = -127.0f;
+FP_INLINE V times_power(V a, V n) {
+  for (int i = 0; i < W; ++i) a[i] *= float_of((uint32_t)((n[i] == n[i] ? (int32_t)n[i] : 0) + 127) << 23);
+  return a;
+}
+FP_INLINE V exponent(V a) {
+  for (int i = 0; i < W; ++i) a[i] = (float)((int32_t)(bits_of(a[i]) >> 23) - 127);
+  return a;
+}
+FP_INLINE V significand(V a) {
+  for (int i = 0; i < W; ++i) a[i] = float_of((bits_of(a[i]) & 0x7fffffu) | 0x3f800000u);
+  return a;
+}
+
 FP_INLINE float to_float(bf16 e) { return float_of((uint32_t)e.bits << 16); }
 FP_INLINE void from_float(bf16& e, float f) {
   // round to nearest even: add 0x7fff and the lowest kept bit, drop the low half; NaN stays NaN
@@ -104,6 +125,7 @@ FP_INLINE U dup32(U a) { return shr32(a); }
 FP_INLINE U xor2(U a, U b) { return a ^ b; }
 FP_INLINE U xor3(U a, U b, U c) { return a ^ b ^ c; }
 
+FP_INLINE U pair(U a, U b) { return U{(uint32_t)a[0] | b[0] << 32, (uint32_t)a[1] | b[1] << 32}; }
 FP_INLINE void in_order(U* words, U c0, U c1, U c2, U c3) {
   for (int i = 0; i < 2; ++i) words[i] = U{(uint32_t)c0[i] | c1[i] << 32, (uint32_t)c2[i] | c3[i] << 32};
 }

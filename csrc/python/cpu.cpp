@@ -33,6 +33,7 @@ static const Table& table(const Table& scalar, [[maybe_unused]] const Table& avx
 #endif
 const LoraLinearKernels& lora_linear() { return FASTPEFT_TABLE(lora_linear); }
 const Linear4bitKernels& linear4bit() { return FASTPEFT_TABLE(linear4bit); }
+const PrefixAttentionKernels& prefix_attention() { return FASTPEFT_TABLE(prefix_attention); }
 
 void check_status(int status, const char* kernel, int64_t M, int64_t K, int64_t N, int64_t R) {
   if (status == OK) return;
@@ -78,7 +79,7 @@ using namespace fastpeft;
 
 PYBIND11_MODULE(_cpu_checked, m) {
   using namespace py::literals;
-  m.doc() = "Native CPU kernels of fastpeft: see csrc/lora_linear.h and csrc/linear4bit.h for what they compute.";
+  m.doc() = "Native CPU kernels of fastpeft: see csrc/<op>.h for what they compute.";
   m.attr("build_id") = FASTPEFT_BUILD_ID;
   import_torch();
   m.def("isas", isas, "Instruction sets compiled in that run on this machine, worst to best.");
@@ -89,6 +90,7 @@ PYBIND11_MODULE(_cpu_checked, m) {
   m.def("set_allocator", set_allocator, "f"_a.none(true));
   define_lora_linear(m);
   define_linear4bit(m);
+  define_prefix_attention(m);
 }
 
 // FASTPEFT_CPU_ISA caps the level, read once at import. It is checked here because pybind11 turns whatever its own
@@ -109,3 +111,4 @@ extern "C" PYBIND11_EXPORT PyObject* PyInit__cpu() {
 // The faces of the ops. One translation unit a module: pybind11's headers take 7 s of compiling in each.
 #include "linear4bit.cpp"
 #include "lora_linear.cpp"
+#include "prefix_attention.cpp"

@@ -1,14 +1,18 @@
 // What the Python faces of the CPU kernels share: the kernels of the instruction set in use, the plan, a layer's base.
 #pragma once
+#include <math.h>
+
 #include "../cpu/dispatch.h"
 #include "../linear4bit.h"
 #include "../lora_linear.h"
+#include "../prefix_attention.h"
 #include "tensor.h"
 
 namespace fastpeft {
 
 const LoraLinearKernels& lora_linear();
 const Linear4bitKernels& linear4bit();
+const PrefixAttentionKernels& prefix_attention();
 
 // The measured crossovers that fastpeft/backends/plans.py hands over. Rows: up to so many take the kernels of few rows.
 struct Plan {
@@ -22,6 +26,14 @@ extern Plan plan;
 
 // as torch and the plan have it
 inline Way way(int threads = num_threads()) { return {threads, plan.parallel_work, plan.dot}; }
+
+inline Dropout dropout(const char* op, double p, const Tensor& seed) {
+  if (p == 0.0) return {0, 0.0, 0};
+  if (!(p > 0.0 && p < 1.0)) throw py::value_error(text(op, ": p must be in [0, 1), got ", p));
+  if (!seed || seed.dim() != 0 || seed.dtype() != INT64 || seed.view.device.type != dlpack::CPU)
+    refuse(op, "seed", "[], int64, on the CPU", seed);
+  return {(uint64_t)ceil(p * 4294967296.0), p, (uint64_t)*(const int64_t*)seed.data()};
+}
 
 // A layer's weight [N, K]: dense, of any strides, or in 4 bits.
 struct Base {
@@ -45,5 +57,6 @@ void check_status(int status, const char* kernel, int64_t M, int64_t K, int64_t 
 
 void define_lora_linear(py::module_& m);
 void define_linear4bit(py::module_& m);
+void define_prefix_attention(py::module_& m);
 
 }  // namespace fastpeft

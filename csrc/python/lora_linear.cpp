@@ -3,7 +3,6 @@
 // projection.
 #include "../lora_linear.h"
 
-#include <math.h>
 #include <string.h>
 
 #include "cpu.h"
@@ -67,14 +66,6 @@ Scale scale_of(const char* op, const ScaleArgument& t, int64_t R) {
   if (t.is_number) return {&t.number, 0};
   if (!t || !is_scale(t, R)) refuse(op, "scale", text("[] or [R] = [", R, "], contiguous, float32"), t);
   return {(const float*)t.data(), t.dim()};
-}
-
-Dropout dropout(const char* op, double p, const Tensor& seed) {
-  if (p == 0.0) return {0, 0.0, 0};
-  if (!(p > 0.0 && p < 1.0)) throw py::value_error(text(op, ": p must be in [0, 1), got ", p));
-  if (!seed || seed.dim() != 0 || seed.dtype() != INT64 || seed.view.device.type != dlpack::CPU)
-    refuse(op, "seed", "[], int64, on the CPU", seed);
-  return {(uint64_t)ceil(p * 4294967296.0), p, (uint64_t)*(const int64_t*)seed.data()};
 }
 
 int64_t rank_of(const char* op, const Tensor& a) {

@@ -59,7 +59,7 @@ struct ExchangeApi {
 };
 }  // namespace dlpack
 
-constexpr int INT64 = 3, UINT8 = 4, OTHER = -1;  // beside the Dtypes that kernels compute in
+constexpr int INT64 = 3, UINT8 = 4, INT32 = 5, BOOL = 6, OTHER = -1;  // beside the Dtypes that kernels compute in
 
 inline int dtype_of(dlpack::DataType t) {
   switch (t.code << 8 | t.bits) {
@@ -73,6 +73,10 @@ inline int dtype_of(dlpack::DataType t) {
       return INT64;
     case 1 << 8 | 8:
       return UINT8;
+    case 0 << 8 | 32:
+      return INT32;
+    case 6 << 8 | 8:
+      return BOOL;
     default:
       return OTHER;
   }
