@@ -100,11 +100,11 @@ def compiling(capability: int, *launchers: Any) -> Iterator[list[tuple[str, str,
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         binary = run(self, *args, grid=grid, warmup=True, **kwargs)
-        shown = {
-            k: v
-            for k, v in kwargs.items()
-            if k.isupper() and k not in SIZES
-        }
+        shown = {k: v for k, v in kwargs.items() if k.isupper() and k not in SIZES}
+        if isinstance(kwargs.get("mask_ptr"), torch.Tensor):
+            shown["mask"] = str(kwargs["mask_ptr"].dtype).removeprefix("torch.")
+        if "prefix" in kwargs:  # which of its tensors are there
+            shown["prefix"] = "".join("0" if t is None else "1" for t in kwargs["prefix"])
         shown |= {"num_stages": kwargs.get("num_stages", "")}
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "bfloat16"

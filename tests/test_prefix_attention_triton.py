@@ -85,7 +85,9 @@ def gate_of(case, letters):
 def problem(case, dtype, device):
     """The op's tensors, by name; values of the size that layers see. q, k and v lie in memory as [B, T, H, D]."""
     b, h, hk, a, d = case.b, case.h, case.hk, case.a, case.d
-    q, k, v = (torch.randn(b, n, heads, d).transpose(1, 2).to(dtype) for n, heads in ((case.t, h), (case.s, hk), (case.s, hk)))
+    q, k, v = (
+        torch.randn(b, n, heads, d).transpose(1, 2).to(dtype) for n, heads in ((case.t, h), (case.s, hk), (case.s, hk))
+    )
     offsets = torch.tensor([0, *case.flat]).cumsum(0) if case.flat else None
     total = sum(case.flat) if case.flat else case.p
     of_prefix = (hk, total, d) if case.flat else (a, hk, total, d)
@@ -156,7 +158,8 @@ def composition(
 
 def differentiated(function, tensors, do, how):
     leaves = {
-        name: t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for name, t in tensors.items()
+        name: t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+        for name, t in tensors.items()
     }
     o = function(*leaves.values(), **how)
     wanted = [name for name in NAMES if leaves[name] is not None]
@@ -209,7 +212,9 @@ def check(got, tensors, do, how):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ",".join(f"{k}={v}" for k, v in vars(case).items() if v != getattr(Case, k)))
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: ",".join(f"{k}={v}" for k, v in vars(case).items() if v != getattr(Case, k))
+)
 def test_against_float64(device, case, dtype):
     tensors, do, how = setup(case, dtype, device)
     check(of_passes(tensors, do, how), tensors, do, how)

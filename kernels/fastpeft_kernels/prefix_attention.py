@@ -192,9 +192,9 @@ def prefix_attention_kernel(
         last, b, h, T, S, scale2, keep_threshold, DROPOUT, PRECISION, CAUSAL, KEY_MASK, False, D, BLOCK_D, BLOCK_T, BLOCK_N,
     )  # fmt: skip
     if SEPARATE:
-        x = acc * (keep_value / tl.where(total == 0.0, 1.0, total))[:, None]
-        x = x.to(o_x_ptr.dtype.element_ty)  # half the registers while the prefix runs; rounded as where o_x is read back
-        store_rows(o_x_ptr + b * o_strides[0] + h * o_strides[1], x, t, o_strides[2], T, D, BLOCK_D)
+        acc = acc * (keep_value / tl.where(total == 0.0, 1.0, total))[:, None]
+        o_x_ptr += b * o_strides[0] + h * o_strides[1]
+        store_rows(o_x_ptr, acc, t, o_strides[2], T, D, BLOCK_D)
         tl.store(lse_ptr + bh * T + t, (top + tl.log2(total)) * LN2, mask=t < T)
         acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
@@ -220,7 +220,9 @@ def prefix_attention_kernel(
     lse = (top + tl.log2(total)) * LN2
     acc = acc * (keep_value / tl.where(total == 0.0, 1.0, total))[:, None]
     if SEPARATE:
-        acc = x.to(tl.float32) + gate_out(prefix, prefix_strides, a, h) * acc
+        tl.debug_barrier()  # other threads of this program may have stored what one reads back; held, it spills at D = 128
+        o_x = load_rows(o_x_ptr, t, o_strides[2], T, D, BLOCK_D)
+        acc = o_x.to(tl.float32) + gate_out(prefix, prefix_strides, a, h) * acc
         lse_ptr = lse_p_ptr
     acc = tl.where(bad, float("nan"), acc)
     store_rows(o_ptr + b * o_strides[0] + h * o_strides[1], acc, t, o_strides[2], T, D, BLOCK_D)
@@ -387,7 +389,9 @@ def prefix_attention_grad_query_kernel(
         pk = load_rows(pk_ptr, j, k_strides[2], length, D, BLOCK_D).to(q.dtype)
         raw = tl.dot(q, pk.T, input_precision=PRECISION)
         gate_k = gate(prefix[2], prefix_strides[2], b, h, t[:, None], j[None, :], inside)
-        s = prefix_scores(raw * scale2, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :])
+        s = prefix_scores(
+            raw * scale2, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :]
+        )
         p = tl.exp2(s - lse[:, None]) * c
         pv = load_rows(pv_ptr, j, v_strides[2], length, D, BLOCK_D).to(q.dtype)
         dp = tl.dot(do, pv.T, input_precision=PRECISION)
@@ -400,7 +404,9 @@ def prefix_attention_grad_query_kernel(
             of_k = ds * raw * scale
             dgk = add_gate_grad(dgk_ptr, dgk, of_k, t, j, length, dgk_columns, bh, tile, tiles, T, GK_ROWS, GK_COLUMNS)
         if dgv_ptr is not None:
-            dgv = add_gate_grad(dgv_ptr, dgv, p * dp, t, j, length, dgv_columns, bh, tile, tiles, T, GV_ROWS, GV_COLUMNS)
+            dgv = add_gate_grad(
+                dgv_ptr, dgv, p * dp, t, j, length, dgv_columns, bh, tile, tiles, T, GV_ROWS, GV_COLUMNS
+            )
         if dq_ptr is not None:
             dq = tl.dot((ds * gate_k).to(q.dtype), pk, dq, input_precision=PRECISION)
     if dgk_ptr is not None:

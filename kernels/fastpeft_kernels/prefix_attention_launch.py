@@ -10,36 +10,70 @@ import torch
 import triton
 
 from . import prefix_attention as kernels
-from ._launch import dropout, multiprocessors, on_device, precision
+from ._launch import capability, dropout, multiprocessors, on_device, precision
 
 LARGEST_D = 256
 LARGEST_PARTS = 2**24  # elements of what a gradient's parts may take beyond the gradient itself: 64 MiB
 
-# BLOCK_T, BLOCK_N, BLOCK_P, warps, stages for D up to 64, 128 and 256, of 2-byte and of 4-byte elements: no spills on sm_80 and
-# sm_90a (benches/COMPILED.md). Not measured on a GPU.
-ATTEND = {2: {64: (128, 64, 32, 4, 3), 128: (128, 64, 32, 8, 3), 256: (64, 32, 32, 8, 2)}, 4: {}}
-QUERY = {2: {64: (64, 64, 32, 4, 2), 128: (64, 64, 32, 8, 2), 256: (32, 32, 32, 8, 2)}, 4: {}}
-TOKEN = {2: {64: (64, 64, 32, 4, 2), 128: (64, 64, 32, 8, 2), 256: (32, 32, 32, 8, 2)}, 4: {}}
-PREFIX = {2: {64: (64, 64, 32, 4, 2), 128: (64, 64, 32, 4, 2), 256: (32, 32, 32, 8, 2)}, 4: {}}
-for _of in (ATTEND, QUERY, TOKEN, PREFIX):
-    _of[4] = {64: (32, 32, 16, 4, 2), 128: (32, 32, 16, 8, 2), 256: (16, 16, 16, 8, 2)}
+LARGE = {
+    (9, 0),
+    (10, 0),
+    (10, 3),
+}  # compute capabilities with 227 KiB of shared memory a program; the blocks of others fit 99
+
+# By bytes of q's elements and largest D: BLOCK_T, BLOCK_N, BLOCK_P, warps, stages, on small and on large machines. Chosen so that
+# nothing spills (benches/COMPILED.md); not measured on a GPU.
+ATTEND = {
+    (2, 64): ((128, 64, 32, 8, 2), (128, 64, 32, 8, 3)),
+    (2, 128): ((64, 64, 16, 4, 2), (128, 64, 32, 8, 3)),
+    (2, 256): ((64, 32, 16, 8, 2), (64, 32, 16, 8, 2)),
+    (4, 64): ((32, 32, 16, 4, 2), (32, 32, 16, 4, 2)),
+    (4, 128): ((32, 32, 16, 8, 2), (32, 32, 16, 8, 2)),
+    (4, 256): ((16, 16, 16, 8, 1), (16, 16, 16, 8, 1)),
+}
+QUERY = {
+    (2, 64): ((64, 32, 32, 4, 2), (128, 64, 32, 8, 2)),
+    (2, 128): ((64, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+    (2, 256): ((32, 32, 16, 8, 2), (32, 32, 16, 8, 2)),
+    (4, 64): ((32, 32, 16, 4, 2), (32, 32, 16, 4, 2)),
+    (4, 128): ((32, 32, 16, 8, 2), (32, 32, 16, 8, 2)),
+    (4, 256): ((16, 16, 16, 8, 2), (16, 16, 16, 8, 2)),
+}
+TOKEN = {
+    (2, 64): ((32, 64, 0, 4, 2), (64, 128, 0, 8, 2)),
+    (2, 128): ((32, 64, 0, 8, 2), (32, 128, 0, 8, 2)),
+    (2, 256): ((32, 32, 0, 8, 2), (32, 32, 0, 8, 2)),
+    (4, 64): ((16, 32, 0, 4, 2), (16, 32, 0, 4, 2)),
+    (4, 128): ((16, 32, 0, 8, 2), (16, 32, 0, 8, 2)),
+    (4, 256): ((16, 16, 0, 8, 2), (16, 16, 0, 8, 2)),
+}
+PREFIX = {
+    (2, 64): ((64, 0, 32, 4, 2), (64, 0, 32, 4, 2)),
+    (2, 128): ((64, 0, 32, 8, 2), (64, 0, 32, 8, 2)),
+    (2, 256): ((32, 0, 16, 8, 2), (32, 0, 16, 8, 2)),
+    (4, 64): ((32, 0, 16, 4, 2), (32, 0, 16, 4, 2)),
+    (4, 128): ((32, 0, 16, 8, 2), (32, 0, 16, 8, 2)),
+    (4, 256): ((16, 0, 16, 8, 1), (16, 0, 16, 8, 1)),
+}
 
 
 def _padded(n: int, most: int) -> int:
     return max(16, min(triton.next_power_of_2(n), most))
 
 
-def _blocks(table, q, p: int) -> dict[str, int]:
+def _blocks(table, q, prefix_length: int, p: float) -> dict[str, int]:
+    """A kernel's blocks, 0 in its table: it has no such, and what else D decides"""
     d = q.shape[-1]
-    block_t, block_n, block_p, warps, stages = next(v for most, v in table[q.element_size()].items() if d <= most)
-    return {
-        "D": d, "BLOCK_D": _padded(d, LARGEST_D), "BLOCK_T": _padded(q.shape[2], block_t), "BLOCK_N": block_n,
-        "BLOCK_P": _padded(p, block_p), "num_warps": warps, "num_stages": stages, "PRECISION": precision(q.dtype),
-    }  # fmt: skip
-
-
-def _without(blocks: dict[str, int], name: str) -> dict[str, int]:
-    return {k: v for k, v in blocks.items() if k != name}
+    of = next(v for (size, most), v in table.items() if size == q.element_size() and d <= most)
+    block_t, block_n, block_p, warps, stages = of[capability(q.device) in LARGE]
+    if p > 0.0 and table is TOKEN:
+        block_t = max(16, block_t // 2)  # the mask's words beside the weights: they spill
+    block_t = _padded(q.shape[2], block_t)
+    if block_t <= 32 and d <= 128 and block_n and block_p:
+        warps = 4  # few queries: what more warps share is too small
+    blocks = {"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_P": block_p and _padded(prefix_length, block_p)}
+    fixed = {"D": d, "BLOCK_D": _padded(d, LARGEST_D), "PRECISION": precision(q.dtype)}
+    return fixed | {k: v for k, v in blocks.items() if v} | {"num_warps": warps, "num_stages": stages}
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -60,7 +94,7 @@ def _prefix(prefix) -> tuple[tuple, tuple, dict[str, int]]:
         kv_strides = [t.stride()[:3] for t in (k, v)]
     else:
         adapters = offsets.shape[0] - 1
-        p = min(k.shape[1], *(g.shape[3] for g in (gate_k, gate_v) if g is not None and g.shape[3] > 1), k.shape[1])
+        p = min([k.shape[1]] + [g.shape[3] for g in (gate_k, gate_v) if g is not None and g.shape[3] > 1])
         kv_strides = [(0, *t.stride()[:2]) for t in (k, v)]
     strides = (
         *kv_strides, _broadcast(gate_k, 0, 1, 2, 3), _broadcast(gate_v, 0, 1, 2, 3), _broadcast(log_bias, 0, 1, 2),
@@ -100,9 +134,9 @@ def forward(q, k, v, prefix, causal, mask, separate, p, seed, scale):
     if lse.numel() == 0:
         return o, o_x, lse, lse_p
     prefix, prefix_strides, sizes = _prefix(prefix)
-    blocks = _blocks(ATTEND, q, sizes["P"])
+    blocks = _blocks(ATTEND, q, sizes["P"], p)
     kernels.prefix_attention_kernel[(lse[..., 0].numel() * triton.cdiv(q.shape[2], blocks["BLOCK_T"]),)](
-        q, k, v, prefix, o_ptr=o, o_x_ptr=o_x, lse_ptr=lse, lse_p_ptr=lse_p, scale=scale, S=k.shape[2],
+        q, k, v, prefix=prefix, o_ptr=o, o_x_ptr=o_x, lse_ptr=lse, lse_p_ptr=lse_p, scale=scale, S=k.shape[2],
         prefix_strides=prefix_strides, CAUSAL=causal, SEPARATE=separate, **_strides(q=q, k=k, v=v, o=o), **_mask(mask),
         **_heads(q, k), **sizes, **dropout(p, seed), **blocks,
     )  # fmt: skip
@@ -126,7 +160,7 @@ def backward(do, q, k, v, prefix, o, lse, lse_p, causal, mask, separate, p, seed
 
     delta = torch.empty_like(lse) if needs_q or needs_k or not separate else None
     delta_p = torch.empty_like(lse) if separate and any((needs_q, *needs[3:])) else None
-    blocks = _without(_blocks(QUERY, q, sizes["P"]), "BLOCK_N")
+    blocks = _blocks(PREFIX, q, sizes["P"], p)
     rows = lse[..., 0].numel()
     kernels.prefix_attention_delta_kernel[(rows * triton.cdiv(q.shape[2], blocks["BLOCK_T"]),)](
         q, o_ptr=o, do_ptr=do, lse_p_ptr=lse_p, delta_ptr=delta, delta_p_ptr=delta_p, **_strides(q=q, o=o, do=do),
@@ -138,7 +172,7 @@ def backward(do, q, k, v, prefix, o, lse, lse_p, causal, mask, separate, p, seed
     dq = _empty(q) if needs_q else None
     dgk, dgv = None, None
     if needs_q or needs_gk or needs_gv:
-        blocks = _blocks(QUERY, q, sizes["P"])
+        blocks = _blocks(QUERY, q, sizes["P"], p)
         tiles = triton.cdiv(q.shape[2], blocks["BLOCK_T"])
         shorter = any(t is not None for t in prefix[6:])
         dgk_parts, of_gk = _gate_parts(prefix[2] if needs_gk else None, q, tiles, shorter)
@@ -153,7 +187,7 @@ def backward(do, q, k, v, prefix, o, lse, lse_p, causal, mask, separate, p, seed
 
     dk, dv = (_empty(t) if wanted else None for t, wanted in ((k, needs_k), (v, needs_v)))
     if (needs_k or needs_v) and k.shape[2]:
-        blocks = _without(_blocks(TOKEN, q, 0), "BLOCK_P")
+        blocks = _blocks(TOKEN, q, 0, p)
         kernels.prefix_attention_grad_token_kernel[(k[..., 0, 0].numel() * triton.cdiv(k.shape[2], blocks["BLOCK_N"]),)](
             q, k, v, do_ptr=do, lse_ptr=lse, delta_ptr=delta, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv),
             **common, **of_tokens, **blocks,
@@ -161,7 +195,9 @@ def backward(do, q, k, v, prefix, o, lse, lse_p, causal, mask, separate, p, seed
 
     dpk, dpv, dbias = None, None, None
     if needs_pk or needs_pv or needs_bias:
-        dpk, dpv, dbias = _grad_prefix(do, q, k, prefix, lse_p, delta_p, common, of_prefix, needs_pk, needs_pv, needs_bias)
+        dpk, dpv, dbias = _grad_prefix(
+            do, q, prefix, lse_p, delta_p, p, common, of_prefix, needs_pk, needs_pv, needs_bias
+        )
     dout = _grad_gate_out(prefix, delta_p) if needs_out else None
     return dq, dk, dv, dpk, dpv, dgk, dgv, dbias, dout
 
@@ -176,7 +212,7 @@ def _gate_parts(gate, q, tiles: int, shorter: bool):
     """Where a gate's gradient goes, [B, H, T or tiles, P or 1]; whether it has rows, columns; how many columns"""
     if gate is None:
         return None, (False, False, 0)
-    rows, columns = gate.shape[2] > 1, gate.shape[3] > 1
+    rows, columns = gate.shape[2] != 1, gate.shape[3] != 1
     new = q.new_zeros if shorter else q.new_empty  # positions that a shorter prefix does not have
     shape = (*q.shape[:2], q.shape[2] if rows else tiles, gate.shape[3])
     return new(shape, dtype=torch.float32), (rows, columns, gate.shape[3])
@@ -188,12 +224,12 @@ def _to_shape(parts, gate):
     return parts.sum([d for d in range(3) if gate.shape[d] == 1], keepdim=True)
 
 
-def _grad_prefix(do, q, k, prefix, lse, delta, common, of_prefix, needs_pk, needs_pv, needs_bias):
+def _grad_prefix(do, q, prefix, lse, delta, p, common, of_prefix, needs_pk, needs_pv, needs_bias):
     """-> dpk, dpv, dβ, by parts of the batch and of the queries, so that parts x adapters x tiles fill the device twice over"""
     pk, pv, log_bias = prefix[0], prefix[1], prefix[4]
     flat = prefix[8] is not None
     sizes = (1, *pk.shape) if flat else pk.shape
-    blocks = _without(_blocks(PREFIX, q, sizes[2]), "BLOCK_N")
+    blocks = _blocks(PREFIX, q, sizes[2], p)
     tiles = triton.cdiv(sizes[2], blocks["BLOCK_P"]) * sizes[1]
     most = q.shape[0] * triton.cdiv(q.shape[2], blocks["BLOCK_T"])
     parts = min(2 * multiprocessors(q.device) // max(tiles, 1), most, LARGEST_PARTS // max(pk.numel(), 1))
