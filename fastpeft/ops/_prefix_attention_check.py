@@ -136,7 +136,7 @@ def masks(q: Any, k: Any, is_causal: bool, key_padding_mask: Any, attn_mask: Any
     return attn_mask.reshape(full).expand(-1, -1, t, s)
 
 
-def number(q: Any, scale: Any, dropout_p: Any) -> float:
+def number(q: Any, scale: Any, dropout_p: Any) -> Any:
     """-> scale"""
     if not 0.0 <= dropout_p <= 1.0:
         _check.bad_value(OP, "dropout_p", "a probability in [0, 1]", dropout_p)
@@ -144,7 +144,7 @@ def number(q: Any, scale: Any, dropout_p: Any) -> float:
         return q.shape[-1] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         _check.bad_type(OP, "scale", "a number or None (1/√D)", scale)
-    return float(scale)
+    return scale
 
 
 def plain_memory(t: Any) -> Any:
