@@ -1,8 +1,8 @@
 """prefix_attention in Triton: the kernels, each with its formula. `prefix_attention_launch.py` launches them.
 
-    s^x = scale·q·kᵀ + mask,  s^p = scale·Gk⊙(q·pkᵀ) + β;  joint: one softmax over both, separate: one each, the prefix's times c
+    s^x = scale·q·kᵀ + mask,  s^p = scale·Gk⊙(q·pkᵀ) + β;  joint: one softmax over both, separate: two, the prefix's times c
 
-    attend       o, lse                       of a block of queries: its tokens, then its prefix
+    (no name)    o, lse                       of a block of queries: its tokens, then its prefix
     delta        Δ = Σ_d do·o                 and separate: δ = do·o_p of the prefix, without c
     grad_query   dq, dGk, dGv                 of a block of queries
     grad_token   dk, dv                       of a block of tokens, over the group's heads and all queries
@@ -91,6 +91,11 @@ def own_prefix(prefix, b, A, P, TOTAL):
 
 
 @triton.jit
+def prefix_rows(ptr, strides, a, kv_head, start):
+    return ptr + a * strides[0] + kv_head * strides[1] + start * strides[2]
+
+
+@triton.jit
 def gate(ptr, strides, b, h, t, j, inside):
     """A tile of Gk or Gv; 1 where there is none"""
     if ptr is None:
@@ -129,10 +134,27 @@ def online(s, top, total, acc):
 
 
 @triton.jit
+def divided(acc, total):
+    """By the sum of the weights; zeros for a query that sees nothing"""
+    return acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+
+
+@triton.jit
+def token_range(tile, mask_ptr, T, S, CAUSAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of a block of queries: how many tokens the last one sees, and how many, in whole blocks, all do"""
+    last, all_see = S, S
+    if CAUSAL:
+        last = tl.minimum(S, S - T + (tile + 1) * BLOCK_T)
+        all_see = tl.minimum(S, tl.maximum(0, S - T + tile * BLOCK_T + 1))
+    return last, 0 if mask_ptr is not None else all_see // BLOCK_N * BLOCK_N
+
+
+@triton.jit
 def attend_tokens(
     q, acc, top, total, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, mask_strides, seed, row, t, first, last, b, h, T, S,
-    scale2, keep_threshold, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr,
-    ALL_SEEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    scale2, keep_threshold, keep_value, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
+    KEY_MASK: tl.constexpr, ALL_SEEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """acc, top and total after tokens first..last - 1, a multiple of BLOCK_N where ALL_SEEN"""
     for n0 in range(first, last, BLOCK_N):
@@ -144,7 +166,7 @@ def attend_tokens(
             s = token_scores(s, t[:, None], n[None, :], mask_ptr, mask_strides, b, h, T, S, CAUSAL, KEY_MASK)
         p, top, total, acc = online(s, top, total, acc)
         if DROPOUT:
-            p = tl.where(keep(seed, row + t, n0, 1, keep_threshold, BLOCK_T, BLOCK_N), p, 0.0)
+            p = tl.where(keep(seed, row + t, n0, 1, keep_threshold, BLOCK_T, BLOCK_N), p * keep_value, 0.0)
         v = load_rows(v_ptr, n, v_stride, limit, D, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, top, total
@@ -153,13 +175,13 @@ def attend_tokens(
 @triton.jit
 def prefix_attention_kernel(
     q_ptr, k_ptr, v_ptr, prefix, mask_ptr, o_ptr, o_x_ptr, lse_ptr, lse_p_ptr, seed_ptr, keep_threshold, keep_value, scale,
-    H, GROUP, T, S, A, P, TOTAL, q_strides, k_strides, v_strides, prefix_strides, mask_strides, o_strides,
+    H, GROUP, T, S, A, P, TOTAL, q_strides, k_strides, v_strides, prefix_strides, mask_strides, o_strides, o_x_strides,
     CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, SEPARATE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """joint: o = Σ e^{s^p−lse} Gv·pv + Σ e^{s^x−lse} v; separate: o_x, lse of the tokens, lse_p, and o = o_x + c·o_p
 
-    A row whose index is out of range is NaN, and nothing was read for it.
+    Without k: joint starts from o and lse, separate from o_x. A row whose index is out of range is NaN, and nothing is read for it.
     """
     tiles = tl.cdiv(T, BLOCK_T)
     tile, bh = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
@@ -174,59 +196,61 @@ def prefix_attention_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
-
-    k_ptr += b * k_strides[0] + h // GROUP * k_strides[1]
-    v_ptr += b * v_strides[0] + h // GROUP * v_strides[1]
-    last, seen_by_all = S, S
-    if CAUSAL:
-        last = tl.minimum(S, S - T + (tile + 1) * BLOCK_T)
-        seen_by_all = tl.maximum(0, S - T + tile * BLOCK_T + 1)
-    seen_by_all = 0 if mask_ptr is not None else tl.minimum(S, seen_by_all) // BLOCK_N * BLOCK_N
-    if mask_ptr is None:
-        acc, top, total = attend_tokens(
-            q, acc, top, total, k_ptr, v_ptr, k_strides[2], v_strides[2], None, mask_strides, seed, bh * T, t, 0, seen_by_all,
-            b, h, T, S, scale2, keep_threshold, DROPOUT, PRECISION, CAUSAL, KEY_MASK, True, D, BLOCK_D, BLOCK_T, BLOCK_N,
-        )  # fmt: skip
-    acc, top, total = attend_tokens(
-        q, acc, top, total, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, seed, bh * T, t, seen_by_all,
-        last, b, h, T, S, scale2, keep_threshold, DROPOUT, PRECISION, CAUSAL, KEY_MASK, False, D, BLOCK_D, BLOCK_T, BLOCK_N,
-    )  # fmt: skip
+    o_ptr += b * o_strides[0] + h * o_strides[1]
     if SEPARATE:
-        acc = acc * (keep_value / tl.where(total == 0.0, 1.0, total))[:, None]
-        o_x_ptr += b * o_strides[0] + h * o_strides[1]
-        store_rows(o_x_ptr, acc, t, o_strides[2], T, D, BLOCK_D)
-        tl.store(lse_ptr + bh * T + t, (top + tl.log2(total)) * LN2, mask=t < T)
-        acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_T,), tl.float32)
+        o_x_ptr += b * o_x_strides[0] + h * o_x_strides[1]
+
+    if k_ptr is not None:
+        k_ptr += b * k_strides[0] + h // GROUP * k_strides[1]
+        v_ptr += b * v_strides[0] + h // GROUP * v_strides[1]
+        last, all_see = token_range(tile, mask_ptr, T, S, CAUSAL, BLOCK_T, BLOCK_N)
+        if mask_ptr is None:
+            acc, top, total = attend_tokens(
+                q, acc, top, total, k_ptr, v_ptr, k_strides[2], v_strides[2], None, mask_strides, seed, bh * T, t, 0, all_see,
+                b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, True, D, BLOCK_D,
+                BLOCK_T, BLOCK_N,
+            )  # fmt: skip
+        acc, top, total = attend_tokens(
+            q, acc, top, total, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, seed, bh * T, t, all_see,
+            last, b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, False, D, BLOCK_D,
+            BLOCK_T, BLOCK_N,
+        )  # fmt: skip
+        if SEPARATE:
+            store_rows(o_x_ptr, divided(acc, total), t, o_x_strides[2], T, D, BLOCK_D)
+            tl.store(lse_ptr + bh * T + t, (top + tl.log2(total)) * LN2, mask=t < T)
+            acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+            top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_T,), tl.float32)
+    elif not SEPARATE:
+        acc = load_rows(o_ptr, t, o_strides[2], T, D, BLOCK_D).to(tl.float32)
+        top = tl.load(lse_ptr + bh * T + t, mask=t < T, other=0.0) * LOG2E
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
 
     a, start, length, bad = own_prefix(prefix, b, A, P, TOTAL)
-    k_strides, v_strides = prefix_strides[0], prefix_strides[1]
-    pk_ptr = prefix[0] + a * k_strides[0] + h // GROUP * k_strides[1] + start * k_strides[2]
-    pv_ptr = prefix[1] + a * v_strides[0] + h // GROUP * v_strides[1] + start * v_strides[2]
+    pk_strides, pv_strides = prefix_strides[0], prefix_strides[1]
+    pk_ptr = prefix_rows(prefix[0], pk_strides, a, h // GROUP, start)
+    pv_ptr = prefix_rows(prefix[1], pv_strides, a, h // GROUP, start)
     for j0 in range(0, length, BLOCK_P):
         j = j0 + tl.arange(0, BLOCK_P)
         inside = (t < T)[:, None] & (j < length)[None, :]
-        pk = load_rows(pk_ptr, j, k_strides[2], length, D, BLOCK_D).to(q.dtype)
+        pk = load_rows(pk_ptr, j, pk_strides[2], length, D, BLOCK_D).to(q.dtype)
         s = tl.dot(q, pk.T, input_precision=PRECISION) * scale2
         gate_k = gate(prefix[2], prefix_strides[2], b, h, t[:, None], j[None, :], inside)
         s = prefix_scores(s, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :])
         p, top, total, acc = online(s, top, total, acc)
         p = p * gate(prefix[3], prefix_strides[3], b, h, t[:, None], j[None, :], inside)
         if DROPOUT:
-            p = tl.where(keep(seed, bh * T + t, j0, 0, keep_threshold, BLOCK_T, BLOCK_P), p, 0.0)
-        pv = load_rows(pv_ptr, j, v_strides[2], length, D, BLOCK_D).to(q.dtype)
+            p = tl.where(keep(seed, bh * T + t, j0, 0, keep_threshold, BLOCK_T, BLOCK_P), p * keep_value, 0.0)
+        pv = load_rows(pv_ptr, j, pv_strides[2], length, D, BLOCK_D).to(q.dtype)
         acc = tl.dot(p.to(q.dtype), pv, acc, input_precision=PRECISION)
-    lse = (top + tl.log2(total)) * LN2
-    acc = acc * (keep_value / tl.where(total == 0.0, 1.0, total))[:, None]
+    acc = divided(acc, total)
     if SEPARATE:
         tl.debug_barrier()  # other threads of this program may have stored what one reads back; held, it spills at D = 128
-        o_x = load_rows(o_x_ptr, t, o_strides[2], T, D, BLOCK_D)
+        o_x = load_rows(o_x_ptr, t, o_x_strides[2], T, D, BLOCK_D)
         acc = o_x.to(tl.float32) + gate_out(prefix, prefix_strides, a, h) * acc
         lse_ptr = lse_p_ptr
-    acc = tl.where(bad, float("nan"), acc)
-    store_rows(o_ptr + b * o_strides[0] + h * o_strides[1], acc, t, o_strides[2], T, D, BLOCK_D)
-    tl.store(lse_ptr + bh * T + t, tl.where(bad, float("nan"), lse), mask=t < T)
+    store_rows(o_ptr, tl.where(bad, float("nan"), acc), t, o_strides[2], T, D, BLOCK_D)
+    tl.store(lse_ptr + bh * T + t, (top + tl.log2(total)) * LN2, mask=t < T)
 
 
 @triton.jit
@@ -258,14 +282,14 @@ def prefix_attention_delta_kernel(
         q = load_rows(q_ptr + b * q_strides[0] + h * q_strides[1], t, q_strides[2], T, D, BLOCK_D)
         lse = base2(lse_p_ptr + bh * T, t, T)
         a, start, length, _ = own_prefix(prefix, b, A, P, TOTAL)
-        k_strides, v_strides = prefix_strides[0], prefix_strides[1]
-        pk_ptr = prefix[0] + a * k_strides[0] + h // GROUP * k_strides[1] + start * k_strides[2]
-        pv_ptr = prefix[1] + a * v_strides[0] + h // GROUP * v_strides[1] + start * v_strides[2]
+        pk_strides, pv_strides = prefix_strides[0], prefix_strides[1]
+        pk_ptr = prefix_rows(prefix[0], pk_strides, a, h // GROUP, start)
+        pv_ptr = prefix_rows(prefix[1], pv_strides, a, h // GROUP, start)
         delta = tl.zeros((BLOCK_T,), tl.float32)
         for j0 in range(0, length, BLOCK_P):
             j = j0 + tl.arange(0, BLOCK_P)
             inside = (t < T)[:, None] & (j < length)[None, :]
-            pk = load_rows(pk_ptr, j, k_strides[2], length, D, BLOCK_D).to(q.dtype)
+            pk = load_rows(pk_ptr, j, pk_strides[2], length, D, BLOCK_D).to(q.dtype)
             s = tl.dot(q, pk.T, input_precision=PRECISION) * (scale * LOG2E)
             gate_k = gate(prefix[2], prefix_strides[2], b, h, t[:, None], j[None, :], inside)
             s = prefix_scores(s, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :])
@@ -273,7 +297,7 @@ def prefix_attention_delta_kernel(
             if DROPOUT:
                 kept = keep(seed, bh * T + t, j0, 0, keep_threshold, BLOCK_T, BLOCK_P)
                 p = tl.where(kept, p * keep_value, 0.0)
-            pv = load_rows(pv_ptr, j, v_strides[2], length, D, BLOCK_D).to(q.dtype)
+            pv = load_rows(pv_ptr, j, pv_strides[2], length, D, BLOCK_D).to(q.dtype)
             delta += tl.sum(p * tl.dot(do, pv.T, input_precision=PRECISION), 1)
         tl.store(delta_p_ptr + bh * T + t, delta, mask=t < T)
 
@@ -339,7 +363,7 @@ def prefix_attention_grad_query_kernel(
 ):  # fmt: skip
     """dq = scale·(Σ ds^x k + Σ ds^p Gk·pk);  dGk = scale·ds^p q·pkᵀ, dGv = c p^p do·pvᵀ, [B, H, T or tiles of T, P or 1]
 
-    ds^x = p^x (do·vᵀ − Δ), ds^p = c p^p (Gv do·pvᵀ − δ). What is None is not wanted.
+    ds^x = p^x (do·vᵀ − Δ), ds^p = c p^p (Gv do·pvᵀ − δ). What is None is not wanted; without k, dq is added to.
     """
     tiles = tl.cdiv(T, BLOCK_T)
     tile, bh = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
@@ -353,25 +377,21 @@ def prefix_attention_grad_query_kernel(
     q = load_rows(q_ptr + b * q_strides[0] + h * q_strides[1], t, q_strides[2], T, D, BLOCK_D)
     do = load_rows(do_ptr + b * do_strides[0] + h * do_strides[1], t, do_strides[2], T, D, BLOCK_D)
     dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    if dq_ptr is not None:
+    if dq_ptr is not None and k_ptr is not None:
         lse = base2(lse_ptr + bh * T, t, T)
         delta = tl.load(delta_ptr + bh * T + t, mask=t < T, other=0.0)
         k_ptr += b * k_strides[0] + h // GROUP * k_strides[1]
         v_ptr += b * v_strides[0] + h // GROUP * v_strides[1]
-        last, seen_by_all = S, S
-        if CAUSAL:
-            last = tl.minimum(S, S - T + (tile + 1) * BLOCK_T)
-            seen_by_all = tl.maximum(0, S - T + tile * BLOCK_T + 1)
-        seen_by_all = 0 if mask_ptr is not None else tl.minimum(S, seen_by_all) // BLOCK_N * BLOCK_N
+        last, all_see = token_range(tile, mask_ptr, T, S, CAUSAL, BLOCK_T, BLOCK_N)
         if mask_ptr is None:
             dq = grad_query_tokens(
                 dq, q, do, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2], None, mask_strides, seed, bh * T, t, 0,
-                seen_by_all, b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, True,
+                all_see, b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, True,
                 D, BLOCK_D, BLOCK_T, BLOCK_N,
             )  # fmt: skip
         dq = grad_query_tokens(
             dq, q, do, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, seed, bh * T, t,
-            seen_by_all, last, b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, False,
+            all_see, last, b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, False,
             D, BLOCK_D, BLOCK_T, BLOCK_N,
         )  # fmt: skip
 
@@ -379,21 +399,21 @@ def prefix_attention_grad_query_kernel(
     delta = tl.load(delta_p_ptr + bh * T + t, mask=t < T, other=0.0)
     a, start, length, _ = own_prefix(prefix, b, A, P, TOTAL)
     c = gate_out(prefix, prefix_strides, a, h)
-    k_strides, v_strides = prefix_strides[0], prefix_strides[1]
-    pk_ptr = prefix[0] + a * k_strides[0] + h // GROUP * k_strides[1] + start * k_strides[2]
-    pv_ptr = prefix[1] + a * v_strides[0] + h // GROUP * v_strides[1] + start * v_strides[2]
+    pk_strides, pv_strides = prefix_strides[0], prefix_strides[1]
+    pk_ptr = prefix_rows(prefix[0], pk_strides, a, h // GROUP, start)
+    pv_ptr = prefix_rows(prefix[1], pv_strides, a, h // GROUP, start)
     dgk, dgv = tl.zeros((BLOCK_T,), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
     for j0 in range(0, length, BLOCK_P):
         j = j0 + tl.arange(0, BLOCK_P)
         inside = (t < T)[:, None] & (j < length)[None, :]
-        pk = load_rows(pk_ptr, j, k_strides[2], length, D, BLOCK_D).to(q.dtype)
+        pk = load_rows(pk_ptr, j, pk_strides[2], length, D, BLOCK_D).to(q.dtype)
         raw = tl.dot(q, pk.T, input_precision=PRECISION)
         gate_k = gate(prefix[2], prefix_strides[2], b, h, t[:, None], j[None, :], inside)
         s = prefix_scores(
             raw * scale2, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :]
         )
         p = tl.exp2(s - lse[:, None]) * c
-        pv = load_rows(pv_ptr, j, v_strides[2], length, D, BLOCK_D).to(q.dtype)
+        pv = load_rows(pv_ptr, j, pv_strides[2], length, D, BLOCK_D).to(q.dtype)
         dp = tl.dot(do, pv.T, input_precision=PRECISION)
         if DROPOUT:
             kept = keep(seed, bh * T + t, j0, 0, keep_threshold, BLOCK_T, BLOCK_P)
@@ -414,7 +434,11 @@ def prefix_attention_grad_query_kernel(
     if dgv_ptr is not None:
         store_gate_grad(dgv_ptr, dgv, t, bh, tile, tiles, T, GV_ROWS, GV_COLUMNS)
     if dq_ptr is not None:
-        store_rows(dq_ptr + b * dq_strides[0] + h * dq_strides[1], dq * scale, t, dq_strides[2], T, D, BLOCK_D)
+        dq_ptr += b * dq_strides[0] + h * dq_strides[1]
+        dq *= scale
+        if k_ptr is None:
+            dq += load_rows(dq_ptr, t, dq_strides[2], T, D, BLOCK_D).to(tl.float32)
+        store_rows(dq_ptr, dq, t, dq_strides[2], T, D, BLOCK_D)
 
 
 @triton.jit
@@ -492,12 +516,12 @@ def prefix_attention_grad_prefix_kernel(
     column = first + tl.arange(0, BLOCK_P)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dtype = q_ptr.dtype.element_ty
-    k_strides, v_strides = prefix_strides[0], prefix_strides[1]
+    pk_strides, pv_strides = prefix_strides[0], prefix_strides[1]
     # [BLOCK_P, BLOCK_D]
-    pk_ptr = prefix[0] + adapter * k_strides[0] + kv_head * k_strides[1]
-    pv_ptr = prefix[1] + adapter * v_strides[0] + kv_head * v_strides[1]
-    pk = load_rows(pk_ptr, column, k_strides[2], columns, D, BLOCK_D).to(dtype)
-    pv = load_rows(pv_ptr, column, v_strides[2], columns, D, BLOCK_D).to(dtype)
+    pk_ptr = prefix_rows(prefix[0], pk_strides, adapter, kv_head, 0)
+    pv_ptr = prefix_rows(prefix[1], pv_strides, adapter, kv_head, 0)
+    pk = load_rows(pk_ptr, column, pk_strides[2], columns, D, BLOCK_D).to(dtype)
+    pv = load_rows(pv_ptr, column, pv_strides[2], columns, D, BLOCK_D).to(dtype)
     dpk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     dpv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     blocks = tl.cdiv(T, BLOCK_T)
