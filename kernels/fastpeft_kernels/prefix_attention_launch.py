@@ -69,7 +69,7 @@ def _blocks(table, q, prefix_length: int, p: float) -> dict[str, int]:
     if p > 0.0 and table is TOKEN:
         block_t = max(16, block_t // 2)  # the mask's words beside the weights: they spill
     block_t = _padded(q.shape[2], block_t)
-    if block_t <= 32 and d <= 128 and block_n and block_p:
+    if block_t <= 32 and q.element_size() == 2 and d <= 128 and table in (ATTEND, QUERY):
         warps = 4  # few queries: what more warps share is too small
     blocks = {"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_P": block_p and _padded(prefix_length, block_p)}
     fixed = {"D": d, "BLOCK_D": _padded(d, LARGEST_D), "PRECISION": precision(q.dtype)}
