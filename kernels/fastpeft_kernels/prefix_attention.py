@@ -560,6 +560,7 @@ def prefix_attention_grad_prefix_kernel(
                 if dpk_ptr is not None or dbias_ptr is not None:
                     delta = tl.load(delta_ptr + of_head + t, mask=t < T, other=0.0)
                     ds = p * (gate_v * tl.dot(pv, do.T, input_precision=PRECISION) - delta[None, :])
+                    ds = tl.where(own, ds, 0.0)  # what lies beyond a prefix's length may be NaN
                     dbias += tl.sum(ds, 1)
                     if dpk_ptr is not None:
                         dpk = tl.dot(rounded(ds * gate_k, dtype), widened(q), dpk, input_precision=PRECISION)
