@@ -29,6 +29,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 turns it o
 TARGETS = {80: (108, 166912), 90: (132, 232448)}  # compute capability: multiprocessors, shared memory a program may use
 CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 TABLE = Path(__file__).with_name("COMPILED.md")
+SIZES = ("M", "C", "K", "J", "N", "R", "B", "H", "T", "S", "A", "P", "GROUP", "TOTAL", "PROGRAMS", "SIZE", "BYTES")
 SASS = {"wgmma": "HGMMA", "mma": "HMMA", "TMA loads": "UTMALDG", "local": r"\b(?:LDL|STL)\b"}
 
 
@@ -93,15 +94,17 @@ def compiling(capability: int, *launchers: Any) -> Iterator[list[tuple[str, str,
     from triton.runtime.jit import JITFunction
 
     found: list[tuple[str, str, Any]] = []
-    run, saved = JITFunction.run, [(module.capability, module.multiprocessors) for module in launchers]
+    run, asked = JITFunction.run, ("capability", "multiprocessors")
+    saved = [(module, name, getattr(module, name)) for module in launchers for name in asked if hasattr(module, name)]
+    machine = {"capability": divmod(capability, 10), "multiprocessors": TARGETS[capability][0]}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         binary = run(self, *args, grid=grid, warmup=True, **kwargs)
-        shown = {
-            k: v
-            for k, v in kwargs.items()
-            if k.isupper() and k not in ("M", "C", "K", "J", "N", "R", "TOTAL", "PROGRAMS", "SIZE", "BYTES")
-        }
+        shown = {k: v for k, v in kwargs.items() if k.isupper() and k not in SIZES}
+        if isinstance(kwargs.get("mask_ptr"), torch.Tensor):
+            shown["mask"] = str(kwargs["mask_ptr"].dtype).removeprefix("torch.")
+        if "prefix" in kwargs:  # which of its tensors are there
+            shown["prefix"] = "".join("0" if t is None else "1" for t in kwargs["prefix"])
         shown |= {"num_stages": kwargs.get("num_stages", "")}
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "bfloat16"
@@ -110,15 +113,14 @@ def compiling(capability: int, *launchers: Any) -> Iterator[list[tuple[str, str,
 
     triton.runtime.driver.set_active(_NoGpu(capability))
     JITFunction.run = compile_only
-    for module in launchers:
-        module.capability = lambda device: divmod(capability, 10)
-        module.multiprocessors = lambda device: TARGETS[capability][0]
+    for module, name, _ in saved:
+        setattr(module, name, lambda device, answer=machine[name]: answer)
     try:
         yield found
     finally:
         JITFunction.run = run
-        for module, (one, other) in zip(launchers, saved):
-            module.capability, module.multiprocessors = one, other
+        for module, name, function in saved:
+            setattr(module, name, function)
 
 
 def report(kernel: str, config: str, binary: Any, capability: int) -> Compiled:
@@ -208,6 +210,42 @@ def packed(launchers: Any, m: int, n: int, k: int, dtype: torch.dtype, nested: b
         launchers.combine([dy] * count, [weight] * count, s, [a, *before], [True] * count, p, seed)
 
 
+def prefix_attention() -> None:
+    """The whole op: element sizes and the three widths of D, joint and separate, every mask, dropout, one adapter a row."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for d in (64, 128, 256):
+            attention(dtype, d)
+            attention(dtype, d, causal=True, gates=True)
+    for d in (64, 128):
+        attention(torch.bfloat16, d, separate=True, gates=True)
+        attention(torch.bfloat16, d, masked="keys", indexed=True)
+        attention(torch.bfloat16, d, masked="additive")
+        attention(torch.bfloat16, d, causal=True, p=0.1)
+    attention(torch.bfloat16, 80)
+    attention(torch.bfloat16, 128, t=1)
+
+
+def attention(
+    dtype: torch.dtype, d: int, t: int = 1024, causal: bool = False, separate: bool = False, gates: bool = False,
+    masked: str = "", indexed: bool = False, p: float = 0.0,
+) -> None:  # fmt: skip
+    """Forward and backward of 2 rows, 8 heads in groups of 4, 1024 tokens and 32 prefix positions."""
+    from fastpeft.backends.triton.prefix_attention import fused, grad_fused
+
+    a = 2 if indexed else 1
+    q, k, v = (torch.empty(2, h, n, d, dtype=dtype) for h, n in ((8, t), (2, 1024), (2, 1024)))
+    pk, pv = torch.empty(a, 2, 32, d), torch.empty(a, 2, 32, d)
+    gate = torch.empty(2, 1, t, 32) if gates else None
+    bias, out = (torch.empty(a, 8, 32) if gates else None), (torch.empty(1, 8) if separate else None)
+    index = torch.zeros(2, dtype=torch.int32) if indexed else None
+    masks = {"keys": torch.ones(2, 1024, dtype=torch.bool), "additive": torch.empty(2, 1, t, 1024, dtype=dtype)}
+    prefix = (pk, pv, gate, gate, bias, out, index, None, None)
+    how = (causal, masks.get(masked), separate, p, torch.tensor(1) if p else None, d**-0.5)
+    o, o_x, lse, lse_p = fused(q, k, v, *prefix, *how)
+    needs = [tensor is not None for tensor in (q, k, v, *prefix[:6])]
+    grad_fused(o, q, k, v, *prefix, o_x if separate else o, lse, lse_p, *how, needs)
+
+
 def cuda_kernels(capability: int) -> list[Compiled]:
     """The kernels of csrc/cuda, by nvcc; empty where there is none."""
     nvcc = shutil.which("nvcc")
@@ -276,7 +314,7 @@ def read_table() -> list[Compiled]:
 def compile_all(capabilities: Iterable[int] = TARGETS) -> list[Compiled]:
     from fastpeft import native
 
-    launchers = [native.triton(stem) for stem in ("lora_linear", "linear4bit")]
+    launchers = [native.triton(stem) for stem in ("lora_linear", "linear4bit", "prefix_attention")]
     if launchers[0] is None:
         raise SystemExit(native.why_not_triton("lora_linear"))
     found = []
@@ -284,6 +322,7 @@ def compile_all(capabilities: Iterable[int] = TARGETS) -> list[Compiled]:
         with compiling(capability, *launchers) as kernels:
             lora_linear()
             linear4bit(launchers[1])
+            prefix_attention()
         unique = {(name, config): binary for name, config, binary in kernels}
         found += [report(name, config, binary, capability) for (name, config), binary in unique.items()]
         found += cuda_kernels(capability)

@@ -15,10 +15,11 @@ from ..backends import attention
 from ..backends.choice import choose
 from ..backends.cpu import prefix_attention as cpu
 from ..backends.torch import prefix_attention as by_torch
+from ..backends.triton import prefix_attention as triton
 from ..reference.prefix_attention import by_query, like_tokens, wide_dtype
 from ._op import define
 
-BACKENDS = {"cpu": cpu, "torch": by_torch}
+BACKENDS = {"cpu": cpu, "triton": triton, "torch": by_torch}
 
 
 def passes_for(meta, backend):

@@ -16,3 +16,14 @@ def keep(seed, rows, first_column, projection, threshold, BLOCK_M: tl.constexpr,
     w0, w1, w2, w3 = tl.philox(seed, blocks, low, zero + projection, high)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_M, BLOCK_K))
     return words >= tl.cast(threshold, tl.uint32)
+
+
+@triton.jit
+def keep_at(seed, rows, columns, projection, threshold):
+    """Mask of any rows (int64) and columns that broadcast: a block of four words an element, where `keep` has one for four."""
+    zero = tl.cast(rows * 0 + columns * 0, tl.uint32)
+    blocks, number = tl.cast(columns // 4, tl.uint32) + zero, columns % 4
+    low, high = tl.cast(rows, tl.uint32) + zero, tl.cast(rows >> 32, tl.uint32) + zero
+    w0, w1, w2, w3 = tl.philox(seed, blocks, low, zero + projection, high)
+    words = tl.where(number == 0, w0, tl.where(number == 1, w1, tl.where(number == 2, w2, w3)))
+    return words >= tl.cast(threshold, tl.uint32)
