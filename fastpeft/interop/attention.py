@@ -29,7 +29,7 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from .. import ops
-from ..nn.prefix_attention import PrefixAttention, mixed
+from ..nn.prefix_attention import mixed
 
 NAME = "fastpeft_prefix"  # of the attention function, and of each attention layer's child
 CAPTURE = "fastpeft_capture"  # of the attention function that keeps the keys and values of one run
@@ -83,7 +83,7 @@ class Prefixes(nn.ModuleDict):
         self.selection = selection
         self.offsets: torch.Tensor | None = None  # in a mixed batch, see `nn.prefix_attention.mixed`
 
-    def in_use(self) -> list[PrefixAttention | None]:
+    def in_use(self) -> list[Any]:  # PrefixAttention or None
         rows, active = self.selection.rows, self.selection.active
         return [self._modules.get(name) for name in ((active,) if rows is None else rows)]
 
@@ -117,7 +117,7 @@ def attention(
     if padding is not None and padding.shape[1] < key.shape[2]:
         key, value = key[:, :, : padding.shape[1]], value[:, :, : padding.shape[1]]
     call: dict[str, Any] = {"key_padding_mask": padding, "attn_mask": full, "dropout_p": dropout, "scale": scaling}
-    prefixes = module._modules.get(NAME)
+    prefixes: Any = module._modules.get(NAME)
     used = prefixes.in_use() if prefixes is not None else []
     if all(prefix is None for prefix in used):
         none = query.new_empty(1, key.shape[1], 0, query.shape[-1])
@@ -134,7 +134,7 @@ def mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | torch.Tensor = 0,
+    q_offset: Any = 0,  # int, or a tensor of a static cache
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
@@ -188,8 +188,8 @@ def _padding(
 def capture(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *call: Any, **others: Any
 ) -> Any:
-    """`attention`, which leaves its keys and values on the layer."""
-    module.__dict__[CAPTURED] = key, value
+    """`attention`, which leaves its number of heads, keys and values on the layer."""
+    module.__dict__.setdefault(CAPTURED, []).append((query.shape[1], key, value))
     return attention(module, query, key, value, *call, **others)
 
 
@@ -274,87 +274,127 @@ class Host(NamedTuple):
 
 
 def find(model: nn.Module) -> Host:
-    """The attention layers of a model and where its positions enter. ValueError: what is missing, or not computed here."""
-    owners = {id(owner): (owner, []) for owner in model.modules() if isinstance(owner, PreTrainedModel)}
-    who = f"prefix attention: {type(model).__name__}"
-    if not owners:
-        raise ValueError(
-            f"{who} has no model of transformers in it; its attention layers are what a prefix is attached to"
-        )
-    for name, module, owner in _attention_layers(model):
-        owners[id(owner)][1].append((name, module))
-    found = [(owner, layers) for owner, layers in owners.values() if layers]
-    if len(found) != 1:
-        several = (
-            "has no attention layer that transformers names as such"
-            if not found
-            else (
-                f"has {len(found)} stacks of attention layers; attach to one of them: "
-                + ", ".join(type(owner).__name__ for owner, _ in found)
-            )
-        )
-        raise ValueError(f"{who} {several}")
-    owner, named = found[0]
-    config = named[0][1].config
-    who = f"prefix attention: {type(owner).__name__}"
-    if config.is_encoder_decoder:
-        raise ValueError(f"{who} is an encoder with a decoder, which takes no prefix here; decoders and encoders do")
+    """The attention layers of a model and where its positions enter.
+
+    The model runs once, on one token or on a blank image, so that what the layers compute is known and not guessed.
+
+    Raises:
+        ValueError: there is no such model, or it has attention that is not computed here.
+    """
+    owner, named = _stack(model)
+    who, config = f"prefix attention: {type(owner).__name__}", named[0][1].config
     if not owner._can_set_attn_implementation():
         raise ValueError(f"{who} does not run through transformers' attention interface")
+    if config._attn_implementation == NAME and NAME not in named[0][1]._modules:
+        with_prefix = "shares its configuration object with a model that has a prefix"
+        raise ValueError(f"{who} {with_prefix}; give it its own: copy.deepcopy(config)")
     for _, module in named:
-        _check_layer(who, module, config)
+        forward = inspect.signature(module.forward).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in forward):
+            raise ValueError(f"{who}: {type(module).__name__} passes no keywords on to the attention function")
     entries = list(_entries(owner))
     if not entries and owner.main_input_name != "pixel_values":
-        wanted = f"a rotary_emb that takes position_ids, or an nn.Embedding named one of {', '.join(LEARNED)}"
-        raise ValueError(f"{who}: tokens cannot be moved behind a prefix; looked for {wanted}")
+        wanted = f"a rotary embedding that takes position_ids, or an nn.Embedding named one of {', '.join(LEARNED)}"
+        raise ValueError(f"{who}: its tokens cannot be moved behind a prefix; looked for {wanted}")
     limits = [limit for *_, limit in entries if limit is not None]
     limit = min(limits) if limits else getattr(config, "max_position_embeddings", None) if entries else None
-    return Host(owner, [_layer(name, module, config) for name, module in named], entries, limit)
+    return Host(owner, _layers(who, owner, named), entries, limit)
 
 
-def _attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """(name, layer, the innermost model of transformers around it), as `_can_record_outputs` names the classes."""
+def _stack(model: nn.Module) -> tuple[Any, list[tuple[str, Any]]]:
+    """The model of transformers with a stack of attention layers, and these by name, as `_can_record_outputs` names them."""
     owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    who = f"prefix attention: {type(model).__name__}"
+    if not owners:
+        raise ValueError(f"{who} has no model of transformers in it, whose attention layers a prefix is attached to")
+    found: dict[str, list] = {}
     for name, module in model.named_modules():
         around = [outer for outer in owners if not outer or f"{name}.".startswith(f"{outer}.")]
-        if not around:
-            continue
-        outer = max(around, key=len)
-        specs = (getattr(owners[outer], "_can_record_outputs", None) or {}).get("attentions", [])
-        for spec in specs if isinstance(specs, list) else [specs]:
-            kind, part = getattr(spec, "target_class", spec), getattr(spec, "layer_name", None)
-            inside = part is None or f".{part.strip('.')}." in f".{name}."
-            if isinstance(kind, type) and isinstance(module, kind) and inside:
-                yield name, module, owners[outer]
-                break
+        outer = max(around, key=len, default=None)  # the innermost
+        if outer is not None and _is_attention(owners[outer], name, module):
+            found.setdefault(outer, []).append((name, module))
+    if any(owners[outer].config.is_encoder_decoder for outer in found):
+        raise ValueError(f"{who} has an encoder and a decoder; only models of one stack of layers take a prefix")
+    if len(found) > 1:
+        stacks = ", ".join(f"{outer or 'itself'} ({type(owners[outer]).__name__})" for outer in found)
+        raise ValueError(f"{who} has several stacks of attention layers; attach to one of them: {stacks}")
+    if not found:
+        raise ValueError(f"{who} has no attention layer that transformers names as one (_can_record_outputs)")
+    ((inner, layers),) = found.items()
+    around = min((outer for outer in owners if not outer or f"{inner}.".startswith(f"{outer}.")), key=len)
+    whole, base = owners[around], owners[around].base_model  # an inner one may not take a batch (DINOv2's encoder)
+    return base if any(module is layers[0][1] for module in base.modules()) else whole, layers
 
 
-def _check_layer(who: str, module: nn.Module, config: Any) -> None:
-    kind = type(module).__name__
-    forward = inspect.unwrap(type(module).forward)
-    if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
-        raise ValueError(f"{who}: {kind} does not call transformers' attention interface")
-    if getattr(module, "config", None) is not config:
-        raise ValueError(f"{who}: its attention layers must read one configuration, {kind} has another")
-    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()):
-        raise ValueError(f"{who}: {kind} passes no further keywords on to the attention function")
-    if getattr(config, "attn_logit_softcapping", None) or hasattr(module, "sinks"):
-        raise ValueError(f"{who}: its attention has a soft cap or sinks, which are not computed here")
-    if config._attn_implementation == NAME and NAME not in module._modules:
-        raise ValueError(
-            f"{who} shares its configuration object with a model that has a prefix; give it its own: copy.deepcopy(config)"
-        )
+def _is_attention(owner: Any, name: str, module: nn.Module) -> bool:
+    specs = (getattr(owner, "_can_record_outputs", None) or {}).get("attentions", [])
+    for spec in specs if isinstance(specs, list) else [specs]:
+        kind, part = getattr(spec, "target_class", spec), getattr(spec, "layer_name", None)
+        if isinstance(kind, type) and isinstance(module, kind) and hasattr(module, "config"):
+            return part is None or f".{part.strip('.')}." in f".{name}."
+    return False
 
 
-def _layer(name: str, module: nn.Module, config: Any) -> Layer:
-    heads = config.num_attention_heads
-    head_dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
-    head_dim = head_dim or getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = getattr(module, "k_proj", None) or getattr(module, "key", None)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if isinstance(keys, nn.Linear):
-        kv_heads = keys.out_features // head_dim
-    return Layer(name, module, heads, kv_heads, head_dim, config.hidden_size)
+def _layers(who: str, owner: Any, named: list[tuple[str, Any]]) -> list[Layer]:
+    """What each layer computes for one token."""
+    config = named[0][1].config
+    if owner.main_input_name == "input_ids":
+        inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+    elif owner.main_input_name == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        inputs = {"pixel_values": torch.zeros(1, config.num_channels, height, width)}
+    else:
+        raise ValueError(f"{who} reads {owner.main_input_name}; only models of text and of images take a prefix")
+    try:
+        calls = _run(owner, [module for _, module in named], inputs)
+    except Exception as error:
+        raise ValueError(f"{who} does not run with fastpeft's attention: {error}") from error
+    layers = []
+    for (name, module), call in zip(named, calls):
+        if len(call) != 1:
+            raise ValueError(f"{who}: {name} calls transformers' attention interface {len(call)} times, not once")
+        heads, key, value = call[0]
+        if key.shape != value.shape:
+            got = f"{key.shape[-1]} and {value.shape[-1]}"
+            raise ValueError(
+                f"{who}: {name} has keys and values of different widths, {got}, which is not computed here"
+            )
+        layers.append(Layer(name, module, heads, key.shape[1], key.shape[3], config.hidden_size))
+    return layers
+
+
+@torch.no_grad()
+def _run(model: Any, layers: list[nn.Module], inputs: dict[str, torch.Tensor]) -> list[list[tuple[int, Any, Any]]]:
+    """For each layer the (heads, keys, values) of its calls in one run without dropout and without a prefix."""
+    config, modules, selection = layers[0].config, list(model.modules()), selection_of(model)
+    name, training = config._attn_implementation, [module.training for module in modules]
+    active = selection.active if selection is not None else None
+    reads = {"use_cache": False} if "input_ids" in inputs else {}
+    try:
+        if selection is not None:
+            selection.activate(None)
+        model.eval()
+        config._attn_implementation = CAPTURE
+        model(**{key: value.to(model.device) for key, value in inputs.items()}, **reads)
+        return [layer.__dict__.get(CAPTURED, []) for layer in layers]
+    finally:
+        config._attn_implementation = name
+        if selection is not None:
+            selection.activate(active)
+        for module, was in zip(modules, training):
+            module.training = was
+        for layer in layers:
+            layer.__dict__.pop(CAPTURED, None)
+
+
+def keys_values(host: Host, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys (after rotary) and values [Hk, P, D] that each layer of the frozen model computes for the tokens `ids` [P].
+
+    One run at positions 0 to P − 1, without dropout, without a prefix.
+    """
+    calls = _run(host.model, [layer.module for layer in host.layers], {"input_ids": ids[None]})
+    return [(key[0], value[0]) for ((_, key, value),) in calls]
 
 
 def _entries(owner: nn.Module) -> Iterator[tuple[nn.Module, str, int, int | None]]:
@@ -402,30 +442,3 @@ def remove(model: nn.Module, selection: Selection) -> None:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, partial) and hook.args and hook.args[0] is selection:
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-
-
-@torch.no_grad()
-def keys_values(host: Host, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys (after rotary) and values [Hk, P, D] that each layer of the frozen model computes for the tokens `ids` [P].
-
-    One run at positions 0 to P − 1, without dropout, without a prefix.
-    """
-    config, modules = host.layers[0].module.config, list(host.model.modules())
-    name, training = config._attn_implementation, [module.training for module in modules]
-    selection = selection_of(host.model)
-    active = selection.active if selection is not None else None
-    try:
-        if selection is not None:
-            selection.activate(None)
-        host.model.eval()
-        config._attn_implementation = CAPTURE
-        host.model(input_ids=ids[None].to(host.model.device), use_cache=False)
-        return [tuple(x[0].clone() for x in layer.module.__dict__[CAPTURED]) for layer in host.layers]
-    finally:
-        config._attn_implementation = name
-        for module, was in zip(modules, training):
-            module.training = was
-        for layer in host.layers:
-            layer.module.__dict__.pop(CAPTURED, None)
-        if selection is not None:
-            selection.activate(active)

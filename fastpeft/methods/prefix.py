@@ -236,7 +236,7 @@ def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Ten
         "position_start": adapter.selection.starts[adapter.name],
         "log_bias": config.log_bias,
     }
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for i, prefix in enumerate(adapter.prefixes):
         if prefix is not None:
             named = dict(zip(("prefix_k", "prefix_v"), prefix.keys_values()))
@@ -275,7 +275,7 @@ def from_file(model: nn.Module, file: AdapterFile) -> PrefixConfig:
                 got,
                 "PREFIX_TUNING file",
             )
-        return PrefixConfig(length=file.config.get("num_virtual_tokens"))  # type: ignore[arg-type]
+        return PrefixConfig(length=file.config.get("num_virtual_tokens"))
     if own.get("version") != VERSION:
         _bad("version", str(VERSION), own.get("version"), "prefix file")
     fields = {"length", "gates", "style", "position_start", "log_bias"}

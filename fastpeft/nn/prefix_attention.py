@@ -79,11 +79,11 @@ class PrefixAttention(nn.Module):
             raise ValueError("PrefixAttention: hidden_size is needed for token gates and for an MLP")
         self.heads, self.kv_heads, self.head_dim, self.length = heads, kv_heads, head_dim, length
         self.gates, self.style = gates, style
-        like = {"dtype": dtype, "device": device}
+        like: dict[str, Any] = {"dtype": dtype, "device": device}
         if mlp is None:
             self.prefix_k = nn.Parameter(torch.zeros(kv_heads, length, head_dim, **like))
             self.prefix_v = nn.Parameter(torch.zeros(kv_heads, length, head_dim, **like))
-            fresh = (self.prefix_k, self.prefix_v)
+            fresh: tuple[torch.Tensor, ...] = (self.prefix_k, self.prefix_v)
         else:
             self.embedding = nn.Parameter(torch.randn(length, hidden_size, **like))
             last = nn.Linear(mlp, 2 * kv_heads * head_dim, **like)
@@ -209,7 +209,9 @@ def mixed(
     keys, values = zip(*(prefix.keys_values() for prefix in some))
     biases = None
     if any(prefix.log_bias is not None for prefix in some):
-        each = [keys[0].new_zeros(prefix.length) if prefix.log_bias is None else prefix.log_bias for prefix in some]
+        each: list[Any] = [
+            keys[0].new_zeros(prefix.length) if prefix.log_bias is None else prefix.log_bias for prefix in some
+        ]
         biases = torch.cat(each).expand(heads, -1)
     gate_out = None
     if style != "joint":
