@@ -5,6 +5,7 @@
     print(report)                     # one line a layer: the path it takes, or why it was left alone
     fp.revert(peft_model)             # back to PEFT's own classes
     fp.quantize(model, "nf4")         # linear layers in 4 bits, with bitsandbytes' checkpoints both ways
+    fp.attach(model, fp.LoraConfig()) # adapters on a plain model, without PEFT; their files are PEFT's
 
 Functions are in `fastpeft.ops`, modules in `fastpeft.nn`; `fastpeft doctor` prints what this machine can run.
 """
@@ -20,14 +21,32 @@ from .native import warn_if_missing
 from .weight4bit import Weight4bit
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable
 
     import torch
 
     from .interop.report import Report
+    from .methods.files import Saved
+    from .methods.lora import LoraConfig
 
 __version__ = "0.1.0"
-__all__ = ["Weight4bit", "apply", "backend", "nn", "ops", "plan", "quantize", "revert"]
+__all__ = [
+    "LoraConfig",
+    "Weight4bit",
+    "activate",
+    "apply",
+    "attach",
+    "backend",
+    "detach",
+    "load_adapter",
+    "nn",
+    "ops",
+    "plan",
+    "quantize",
+    "revert",
+    "save_adapter",
+]
 
 warn_if_missing()
 warn_if_ignored()
@@ -98,3 +117,98 @@ def quantize(
     from .quantization import quantize as quantize_model
 
     return quantize_model(model, quant_type, blocksize=blocksize, double_quant=double_quant, skip=skip, tile=tile)
+
+
+def attach(model: torch.nn.Module, config: LoraConfig, name: str = "default") -> None:
+    """Put an adapter on a plain model, in place, and train it alone: the base is frozen. It is active afterwards.
+
+    The task head (a child of the model whose name ends with "classifier", "score" or "qa_outputs", as PEFT finds it) and
+    what `config.modules_to_save` names are trained too, each adapter a copy of its own. A layer that has LoRA is a module
+    with the layer as its `base`. Quantise before, compile and shard (FSDP2) after.
+
+    Args:
+        model: any module without PEFT's wrappers; transformers need not be there.
+        config: `fp.LoraConfig`.
+        name: without dots; several adapters may be attached, one of them active.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a wrong argument, a target that the model has not or that cannot be adapted, a
+        name that is taken, a model that PEFT wrapped or FSDP2 sharded. The model is left untouched.
+    """
+    from .methods.attach import attach as attach_to
+
+    attach_to(model, config, name)
+
+
+def detach(model: torch.nn.Module, name: str | None = None) -> None:
+    """Take an adapter off; None: the only one. The base alone is active where it was active.
+
+    With the last adapter the model is again what it was, bit for bit: its modules, parameters, `state_dict`, requires_grad
+    flags and task head. Raises ValueError, with the names that are there, for another one.
+    """
+    from .methods.attach import detach as detach_from
+
+    detach_from(model, name)
+
+
+def activate(model: torch.nn.Module, name: str | None) -> None:
+    """Run the model with one of its adapters, or None: as the base alone, with its own task head.
+
+    Another adapter than the last one is also trained from now on, in its place; None changes no requires_grad flag.
+    Parameters stay the same objects, and so what an optimizer knows of them.
+
+    Raises:
+        ValueError: no adapter of this name (the message lists them), or none at all.
+    """
+    from .methods.attach import activate as activate_in
+
+    activate_in(model, name)
+
+
+def save_adapter(model: torch.nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Saved:
+    """Write an adapter (None: the only one) with its task head: adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        `format` "peft" where PEFT's `PeftModel.from_pretrained(base, folder)` reads it, else "fastpeft", and the `reason`;
+        `str()` of it says so in a sentence. A fingerprint of the base is stored, for `load_adapter`.
+
+    Raises:
+        ValueError: no adapter of this name. AdapterFileError (a ValueError): it cannot be written; the folder is as it was.
+    """
+    from .methods.files import save_adapter as save
+
+    return save(model, folder, name)
+
+
+def load_adapter(
+    model: torch.nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    check_base: bool = True,
+    allow_nonfinite: bool = False,
+    allow_edited: bool = False,
+) -> None:
+    """Attach an adapter from a folder of `save_adapter` or of PEFT's `save_pretrained`, and activate it.
+
+    The files are taken for hostile: all of them is checked before the model is touched, and no code in them runs.
+
+    Args:
+        check_base: refuse a model that is not the one the adapter was saved from (where the file says which that is).
+        allow_nonfinite: take NaN and infinity. allow_edited: take a file that was changed since `save_adapter` wrote it.
+
+    Raises:
+        TypeError, ValueError: as `attach`; AdapterFileError (a ValueError) for a file that is damaged, does not fit this
+        model or asks for what fastpeft does not compute. The model is left untouched.
+    """
+    from .methods.files import load_adapter as load
+
+    load(model, folder, name, check_base=check_base, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
+
+
+def __getattr__(name: str) -> object:  # configs, on first use: what they belong to is not loaded with the package
+    if name == "LoraConfig":
+        from .methods.lora import LoraConfig
+
+        return LoraConfig
+    raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")

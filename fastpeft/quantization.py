@@ -87,6 +87,8 @@ def _check(model, quant_type, blocksize, skip) -> tuple[str, ...]:
         raise TypeError(f"fastpeft.quantize: model must be a torch.nn.Module, got {type(model).__name__}")
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         raise RuntimeError("fastpeft.quantize: FSDP2 has already sharded this model; quantize before fully_shard")
+    if getattr(model.__dict__.get("_fastpeft"), "attached", None):
+        raise ValueError("fastpeft.quantize: adapters are attached to this model; quantize before fastpeft.attach")
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"fastpeft.quantize: quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
@@ -121,12 +123,12 @@ def _find(
         parent_name, _, attribute = name.rpartition(".")
         parent = model.get_submodule(parent_name) if name else None
         found.setdefault(id(module), (name, []))[1].append((parent, attribute))
-        asked = next((pattern for pattern in skip if _matches(pattern, name)), None)
+        asked = next((pattern for pattern in skip if matches(pattern, name)), None)
         weight: Any = module._parameters.get("weight")
-        reason = _reason(module, parent)
+        reason = why_dense(module, parent)
         if len(owners.get(id(weight), ())) > 1:
             reason = "its weight is shared with another module (tied to an embedding?)"
-        if any(_matches(pattern, name) or name.endswith(pattern) for pattern in wide):
+        if any(matches(pattern, name) or name.endswith(pattern) for pattern in wide):
             reason = "transformers keeps it in float32 (_keep_in_fp32_modules)"
         size = 0 if weight is None else weight.numel()
         if id(module) in kept:
@@ -138,7 +140,7 @@ def _find(
     return [places for key, places in found.items() if key not in why], list(why.values())
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
     """Whether one or more whole components of a dotted name, side by side, match."""
     parts = name.split(".")
     ends = range(1, len(parts) + 1)
@@ -155,14 +157,13 @@ def _experts(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, p
 
 
-def _reason(module: Any, parent: nn.Module | None) -> str | None:
+def why_dense(module: Any, parent: nn.Module | None) -> str | None:
     """Why a dense layer must stay so."""
     if hasattr(module, "parametrizations"):
         return "it has parametrisations"
     if type(module) is not nn.Linear and not transformers.is_conv1d(module):
         return f"it is a {type(module).__name__}, not exactly an nn.Linear"
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or "forward" in module.__dict__:
+    if hooked(module):
         return "it has hooks, or a forward of its own"
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads its weight without calling it"
@@ -170,6 +171,12 @@ def _reason(module: Any, parent: nn.Module | None) -> str | None:
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
         return f"its weight is a {type(weight.data).__name__}"
     return None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody would notice that `module()` was not called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _adapter_parts(model: nn.Module) -> Iterator[int]:

@@ -20,7 +20,7 @@ def pretrained(model: nn.Module) -> list[Any]:
     """The outermost models of transformers in this one."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if _is_pretrained(module) and not any(f"{name}.".startswith(f"{outer}.") or not outer for outer in found):
+        if is_pretrained(module) and not any(f"{name}.".startswith(f"{outer}.") or not outer for outer in found):
             found[name] = module
     return list(found.values())
 
@@ -42,10 +42,15 @@ def kept_dense(model: Any, adapters: set[int]) -> set[int]:
     kept = [modules.get(key.rpartition(".")[0]) for key in keys]
     kept += _last(model, modules, adapters)
     for module in modules.values():
-        if _is_pretrained(module):
+        if is_pretrained(module):
             output = module.get_output_embeddings()
             kept += output.modules() if isinstance(output, nn.Module) else _head(module)
     return {id(module) for module in kept}
+
+
+def output_embeddings(model: nn.Module) -> set[int]:
+    """The ids of what turns hidden states into logits over a vocabulary."""
+    return {id(module.get_output_embeddings()) for module in model.modules() if is_pretrained(module)}
 
 
 def _last(model: Any, modules: dict[str, nn.Module], adapters: set[int]) -> Iterator[nn.Module]:
@@ -60,7 +65,7 @@ def _head(model: Any) -> Iterator[nn.Module]:
     """What stands beside the base model, but for blocks and whole models (the decoder of a masked autoencoder)."""
     base = model.base_model
     if base is not model and isinstance(base, nn.Module):
-        models = [m for m in model.modules() if _is_pretrained(m) and m is not model]
+        models = [m for m in model.modules() if is_pretrained(m) and m is not model]
         body = _parts([base, *models, *_blocks(model)])
         yield from (module for module in model.modules() if id(module) not in body)
 
@@ -123,6 +128,6 @@ def _pattern(name: str, others: list[str]) -> str:
     return re.escape(name) + "$" if clash else name
 
 
-def _is_pretrained(module: nn.Module) -> bool:
+def is_pretrained(module: nn.Module) -> bool:
     loaded = sys.modules.get("transformers.modeling_utils")
     return loaded is not None and isinstance(module, loaded.PreTrainedModel)

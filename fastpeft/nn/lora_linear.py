@@ -9,8 +9,30 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..weight4bit import Weight4bit
 from .linear4bit import Linear4bit, no_autocast
+
+
+def adapted(
+    x: torch.Tensor,
+    base: Any,
+    a: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """`base(x)` with a low-rank update: base is an nn.Linear, a Linear4bit or transformers' Conv1D, a [r, K], b [N, r].
+
+    The base alone runs in the same way, so that its bits are those at b = 0.
+    """
+    if isinstance(base, Linear4bit):
+        dtype, out = base.dtype_for(x), x.dtype
+        with no_autocast(x, dtype):
+            return ops.lora_linear(
+                x.to(dtype), base.weight4bit, a, b, scale=scale, bias=base.bias, dropout_p=dropout_p
+            ).to(out)
+    weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()  # Conv1D's is [K, N]
+    return ops.lora_linear(x, weight, a, b, scale=scale, bias=base.bias, dropout_p=dropout_p)
 
 
 class LoraLinear(nn.Module):
@@ -60,24 +82,10 @@ class LoraLinear(nn.Module):
         return self.alpha / self.r
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.base, Linear4bit):
-            dtype = self.base.dtype_for(x)
-            with no_autocast(x, dtype):
-                return self._forward(x.to(dtype), self.base.weight4bit).to(x.dtype)
-        return self._forward(x, self.base.weight)
-
-    def _forward(self, x: torch.Tensor, weight: torch.Tensor | Weight4bit) -> torch.Tensor:
-        if self.merged or not self.enabled:  # the base in the same way, so that its bits are those at B = 0
-            return ops.lora_linear(x, weight, None, None, bias=self.base.bias)
-        return ops.lora_linear(
-            x,
-            weight,
-            self.lora_a,
-            self.lora_b,
-            scale=self.scale,
-            bias=self.base.bias,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        if self.merged or not self.enabled:
+            return adapted(x, self.base)
+        p = self.dropout if self.training else 0.0
+        return adapted(x, self.base, self.lora_a, self.lora_b, scale=self.scale, dropout_p=p)
 
     def enable(self) -> None:
         """Apply the update again after `disable`."""
