@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from .interop.report import Report
     from .methods.files import Saved
     from .methods.lora import LoraConfig
+    from .methods.prefix import PrefixConfig
 
 __version__ = "0.1.0"
 __all__ = [
     "LoraConfig",
+    "PrefixConfig",
     "Weight4bit",
     "activate",
     "apply",
@@ -119,7 +121,7 @@ def quantize(
     return quantize_model(model, quant_type, blocksize=blocksize, double_quant=double_quant, skip=skip, tile=tile)
 
 
-def attach(model: torch.nn.Module, config: LoraConfig, name: str = "default") -> None:
+def attach(model: torch.nn.Module, config: LoraConfig | PrefixConfig, name: str = "default") -> None:
     """Put an adapter on a plain model, in place, and train it alone: the base is frozen. It is active afterwards.
 
     The task head (a child of the model whose name ends with "classifier", "score" or "qa_outputs", as PEFT finds it) and
@@ -128,7 +130,7 @@ def attach(model: torch.nn.Module, config: LoraConfig, name: str = "default") ->
 
     Args:
         model: any module without PEFT's wrappers; transformers need not be there.
-        config: `fp.LoraConfig`.
+        config: `fp.LoraConfig` or `fp.PrefixConfig`.
         name: without dots; several adapters may be attached, one of them active.
 
     Raises:
@@ -211,4 +213,8 @@ def __getattr__(name: str) -> object:  # configs, on first use: what they belong
         from .methods.lora import LoraConfig
 
         return LoraConfig
+    if name == "PrefixConfig":
+        from .methods.prefix import PrefixConfig
+
+        return PrefixConfig
     raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from .. import ops
-from ..nn.prefix_attention import mixed
+from ..nn.prefix_attention import Prefixes
 
 NAME = "fastpeft_prefix"  # of the attention function, and of each attention layer's child
 CAPTURE = "fastpeft_capture"  # of the attention function that keeps the keys and values of one run
@@ -75,21 +75,7 @@ class Selection:
             self.config._attn_implementation = self.original
 
 
-class Prefixes(nn.ModuleDict):
-    """The prefixes of one attention layer, by adapter; one that has no tokens in this layer has no entry."""
-
-    def __init__(self, selection: Selection) -> None:
-        super().__init__()
-        self.selection = selection
-        self.offsets: torch.Tensor | None = None  # in a mixed batch, see `nn.prefix_attention.mixed`
-
-    def in_use(self) -> list[Any]:  # PrefixAttention or None
-        rows, active = self.selection.rows, self.selection.active
-        return [self._modules.get(name) for name in ((active,) if rows is None else rows)]
-
-    def mix(self, device: torch.device) -> None:
-        lengths = [0 if prefix is None else prefix.length for prefix in self.in_use()]
-        self.offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+_NONE = Prefixes(SimpleNamespace(active=None, rows=None))
 
 
 def attention(
@@ -113,20 +99,20 @@ def attention(
             raise ValueError(f"prefix attention: {type(module).__name__} passes {name}, which is not computed here")
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-    full = attention_mask if padding is None else None
     if padding is not None and padding.shape[1] < key.shape[2]:
         key, value = key[:, :, : padding.shape[1]], value[:, :, : padding.shape[1]]
-    call: dict[str, Any] = {"key_padding_mask": padding, "attn_mask": full, "dropout_p": dropout, "scale": scaling}
-    prefixes: Any = module._modules.get(NAME)
-    used = prefixes.in_use() if prefixes is not None else []
-    if all(prefix is None for prefix in used):
-        none = query.new_empty(1, key.shape[1], 0, query.shape[-1])
-        out = ops.prefix_attention(query, key, value, none, none, is_causal=is_causal and full is None, **call)
-    elif prefixes.selection.rows is None:
-        out = used[0](query, key, value, others.get(HIDDEN), is_causal=is_causal, **call)
-    else:
-        which = prefixes.selection.index, prefixes.offsets
-        out = mixed(used, *which, query, key, value, others.get(HIDDEN), is_causal=is_causal, **call)
+    prefixes = module._modules.get(NAME, _NONE)
+    out = prefixes(
+        query,
+        key,
+        value,
+        others.get(HIDDEN),
+        is_causal=is_causal,
+        key_padding_mask=padding,
+        attn_mask=attention_mask if padding is None else None,
+        dropout_p=dropout,
+        scale=scaling,
+    )
     return out.transpose(1, 2), None
 
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ..nn.prefix_attention import GATES, INITS, STYLES, PrefixAttention
+from ..adapter_files import AdapterFileError
+from ..nn.prefix_attention import GATES, INITS, STYLES, PrefixAttention, Prefixes
+from .sites import Adapter
 
 if TYPE_CHECKING:
     from ..adapter_files import AdapterFile
@@ -99,41 +101,43 @@ class PrefixConfig:
         return (self.length,) * layers  # type: ignore[return-value]
 
 
-class PrefixAdapter:
-    """A prefix attached to a model, inactive at first."""
+Config = PrefixConfig
+HEADS = "base_model."  # PEFT puts the model itself there
+
+
+class PrefixAdapter(Adapter):
+    """`prefixes`: an entry a layer, None where it has no tokens."""
 
     def __init__(
         self,
         model: nn.Module,
-        name: str,
         config: PrefixConfig,
+        name: str,
         selection: Selection,
         prefixes: list[PrefixAttention | None],
     ) -> None:
-        self.model, self.name, self.config = model, name, config
-        self.selection, self.prefixes = selection, prefixes  # an entry a layer
+        super().__init__(model, config, name)
+        self.selection, self.prefixes = selection, prefixes
 
-    def modules(self) -> list[PrefixAttention]:
+    def given(self) -> list[PrefixAttention]:
         return [prefix for prefix in self.prefixes if prefix is not None]
+
+    def modules(self) -> list[nn.Module]:
+        return list(self.given())
 
     def parameters(self) -> dict[str, nn.Parameter]:
         named = [(i, prefix) for i, prefix in enumerate(self.prefixes) if prefix is not None]
         return {f"layers.{i}.{key}": value for i, prefix in named for key, value in prefix.named_parameters()}
 
     def activate(self, on: bool) -> None:
-        if on or self.selection.active == self.name:
-            self.selection.activate(self.name if on else None)
+        self.selection.activate(self.name if on else None)
 
     def remove(self) -> None:
-        from ..interop import attention
-
-        self.activate(False)
         del self.selection.starts[self.name]
-        for module in self.model.modules():
-            if isinstance(module, attention.Prefixes):
-                module._modules.pop(self.name, None)
+        for module in _layers(self.model):
+            module._modules.pop(self.name, None)
         if not self.selection.starts:
-            attention.remove(self.model, self.selection)
+            _interop().remove(self.model, self.selection)
 
 
 def attach(model: nn.Module, config: PrefixConfig, name: str) -> PrefixAdapter:
@@ -158,7 +162,7 @@ def attach(model: nn.Module, config: PrefixConfig, name: str) -> PrefixAdapter:
     for layer, prefix in zip(host.layers, prefixes):
         if prefix is not None:
             layer.module._modules[attention.NAME][name] = prefix.train(layer.module.training)
-    return PrefixAdapter(model, name, config, selection, prefixes)
+    return PrefixAdapter(model, config, name, selection, prefixes)
 
 
 @contextmanager
@@ -176,16 +180,15 @@ def prefix_rows(
     Raises:
         ValueError: no prefix is attached, an unknown name, an index out of range, or styles that differ.
     """
-    attention = _interop()
-    selection = attention.selection_of(model)
+    selection = _interop().selection_of(model)
     if selection is None:
         raise ValueError("prefix_rows: the model has no prefix attached")
     names = tuple(selection.starts) if names is None else tuple(names)
     unknown = [name for name in names if name not in selection.starts]
     if unknown or not names:
         _bad("names", f"attached prefixes ({', '.join(selection.starts)})", unknown or names, "prefix_rows")
-    layers = [module for module in model.modules() if isinstance(module, attention.Prefixes)]
-    styles = {module[name].style for module in layers for name in names if name in module}
+    layers = _layers(model)
+    styles: set[Any] = {module[name].style for module in layers for name in names if name in module}
     if len(styles) > 1:
         _bad("names", "prefixes of one style", sorted(styles), "prefix_rows")
     index = torch.as_tensor(index)
@@ -207,12 +210,12 @@ def prefix_rows(
 # ---- files --------------------------------------------------------------------------------------------------------------
 
 
-def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
-    """(adapter_config.json, tensors, why it is this format): PEFT's where its form can say all."""
-    first, config = adapter.modules()[0], adapter.config
+def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Tensor], str | None]:
+    """(adapter_config.json, tensors, why the file is not PEFT's or None): PEFT's form where that can say all."""
+    first, config = adapter.given()[0], adapter.config
     reason = _not_peft(adapter)
     if reason is None:
-        pairs = [torch.stack(prefix.keys_values()) for prefix in adapter.modules()]  # [2, Hk, P, D] a layer
+        pairs = [torch.stack(prefix.keys_values()) for prefix in adapter.given()]  # [2, Hk, P, D] a layer
         flat = torch.stack(pairs).permute(3, 0, 1, 2, 4).reshape(first.length, -1)
         described = {
             "peft_type": "PREFIX_TUNING",
@@ -226,7 +229,7 @@ def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Ten
             "init_weights": None,
             "inference_mode": True,
         }
-        return described, {"prompt_embeddings": flat.detach()}, "an ungated joint prefix of equal lengths is PEFT's own"
+        return described, {"prompt_embeddings": flat.detach()}, None
     own = {
         "method": config.method,
         "version": VERSION,
@@ -249,7 +252,7 @@ def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Ten
 def _not_peft(adapter: PrefixAdapter) -> str | None:
     """What PEFT's form cannot say; None: it says all."""
     config, lengths = adapter.config, [0 if prefix is None else prefix.length for prefix in adapter.prefixes]
-    shapes = {(prefix.kv_heads, prefix.head_dim) for prefix in adapter.modules()}
+    shapes = {(prefix.kv_heads, prefix.head_dim) for prefix in adapter.given()}
     if config.gates is not None:
         return "PEFT's prefix has no gates"
     if config.style != "joint":
@@ -264,25 +267,23 @@ def _not_peft(adapter: PrefixAdapter) -> str | None:
 
 
 def from_file(model: nn.Module, file: AdapterFile) -> PrefixConfig:
-    """The config of a file of either form. ValueError in a sentence: what it asks for is not understood."""
-    own = file.config.get("fastpeft")
-    if own is None:
-        if file.config.get("num_transformer_submodules") not in (None, 1):
-            got = file.config["num_transformer_submodules"]
-            _bad(
-                "num_transformer_submodules",
-                "1: an encoder with a decoder takes no prefix here",
-                got,
-                "PREFIX_TUNING file",
-            )
-        return PrefixConfig(length=file.config.get("num_virtual_tokens"))
-    if own.get("version") != VERSION:
-        _bad("version", str(VERSION), own.get("version"), "prefix file")
+    """The config of a file of either form. AdapterFileError: what it asks for is not computed here."""
+    own, config = file.config.get("fastpeft"), file.config
+    if own is None and config.get("num_transformer_submodules") not in (None, 1):
+        got = config["num_transformer_submodules"]
+        raise AdapterFileError(
+            f"adapter_config.json: num_transformer_submodules must be 1 for a prefix, got {got!r:.200}"
+        )
     fields = {"length", "gates", "style", "position_start", "log_bias"}
-    unknown = set(own) - fields - {"method", "version", "modules_to_save"}
+    unknown = set() if own is None else set(own) - fields - {"method", "version", "modules_to_save"}
     if unknown:
-        _bad("its keys", ", ".join(sorted(fields)), ", ".join(sorted(unknown)), "prefix file")
-    return PrefixConfig(**{key: own[key] for key in fields if key in own})
+        raise AdapterFileError(f"adapter_config.json: a prefix has no {', '.join(sorted(unknown))!r:.200}")
+    try:
+        if own is None:
+            return PrefixConfig(length=config.get("num_virtual_tokens"))
+        return PrefixConfig(**{key: own[key] for key in fields if key in own})
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"adapter_config.json: {error}") from error
 
 
 def expected(model: nn.Module, config: PrefixConfig, file_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -307,9 +308,9 @@ def load(adapter: PrefixAdapter, tensors: dict[str, torch.Tensor]) -> None:
     """Copy a file's tensors, read as `expected` says, into an adapter attached by `from_file`'s config."""
     flat = tensors.get("prompt_embeddings")
     if flat is not None:
-        first, layers = adapter.modules()[0], len(adapter.prefixes)
+        first, layers = adapter.given()[0], len(adapter.prefixes)
         pairs = flat.view(first.length, layers, 2, first.kv_heads, first.head_dim).permute(1, 2, 3, 0, 4)
-        for prefix, (keys, values) in zip(adapter.modules(), pairs):
+        for prefix, (keys, values) in zip(adapter.given(), pairs):
             prefix.set_keys_values(keys, values)
         return
     for i, prefix in enumerate(adapter.prefixes):
@@ -330,6 +331,10 @@ def _rest(config: PrefixConfig) -> list[str]:
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------------
+
+
+def _layers(model: nn.Module) -> list[Prefixes]:
+    return [module for module in model.modules() if isinstance(module, Prefixes)]
 
 
 def _prefix(layer: Layer, length: int, config: PrefixConfig) -> PrefixAttention:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn.prefix_attention import Prefixes
+
 
 class Adapter(ABC):
     """One adapter of one method on one model. A plain object, no module: deepcopy and pickle keep it with its model.
@@ -68,7 +70,7 @@ class TaskHead(Site):
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) as `named_modules` of the base alone: a Site has the place and the children of its base."""
+    """(name, module) as `named_modules` of the base alone: a Site has the place and the children of its base; no prefixes."""
     return _walk(model, "", set())
 
 
@@ -77,7 +79,7 @@ def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, n
         seen.add(id(module))
         yield name, module
         for key, child in original(module)._modules.items():
-            if child is not None:
+            if child is not None and not isinstance(child, Prefixes):
                 yield from _walk(child, f"{name}.{key}" if name else key, seen)
 
 

@@ -1,4 +1,4 @@
-"""PrefixAttention: a trained prefix of keys and values in one attention layer, on `fastpeft.ops.prefix_attention`."""
+"""PrefixAttention: a trained prefix of keys and values in an attention layer, on `ops.prefix_attention`; Prefixes: several."""
 
 from __future__ import annotations
 
@@ -180,63 +180,78 @@ class PrefixAttention(nn.Module):
         return f"{shape}, gates={self.gates}, style={self.style}"
 
 
-def mixed(
-    prefixes: Sequence[PrefixAttention | None],
-    index: torch.Tensor,
-    offsets: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    hidden: torch.Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    key_padding_mask: torch.Tensor | None = None,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-) -> torch.Tensor:
-    """`PrefixAttention.forward` of a batch in which row b uses prefixes[index[b]], or none (−1): one call for all rows.
+class Prefixes(nn.ModuleDict):
+    """The prefixes of one attention layer, by adapter, of which it runs none, one, or one a row.
 
-    prefixes: of one style, at least one; None is one that has no tokens in this layer. index: int32 [B]. offsets: int64
-    [A + 1], where each one's tokens begin when they stand one after the other. Raises ValueError where styles differ.
+    One that has no tokens in this layer has no entry. `selection` is shared by all layers of a model: `active` is the name
+    that runs; in a mixed batch `rows` are the names that its `index`, int32 [B], counts, −1 being none.
     """
-    some = [prefix for prefix in prefixes if prefix is not None]
-    heads, style = some[0].heads, some[0].style
-    if any(prefix.style != style for prefix in some):
-        raise ValueError(
-            f"mixed: the prefixes of a batch must be of one style, got {[prefix.style for prefix in some]}"
+
+    def __init__(self, selection: Any) -> None:
+        super().__init__()
+        self.selection = selection
+        self.offsets: torch.Tensor | None = None  # in a mixed batch, int64 [A + 1]: where each one's tokens begin
+
+    def in_use(self) -> list[PrefixAttention | None]:
+        names = (self.selection.active,) if self.selection.rows is None else self.selection.rows
+        return [self._modules.get(name) for name in names]  # type: ignore[misc]
+
+    def mix(self, device: torch.device) -> None:
+        """Get ready for `rows`, before they run."""
+        lengths = [0 if prefix is None else prefix.length for prefix in self.in_use()]
+        self.offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        *,
+        is_causal: bool = False,
+        key_padding_mask: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """As `PrefixAttention.forward`; without a prefix the same op with an empty one."""
+        masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        numbers: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
+        prefixes = self.in_use()
+        some = [prefix for prefix in prefixes if prefix is not None]
+        if some and self.selection.rows is None:
+            return some[0](q, k, v, hidden, is_causal=is_causal, **masks, **numbers)
+        causal = is_causal and attn_mask is None
+        if not some:
+            none = q.new_empty(1, k.shape[1], 0, q.shape[-1])
+            return ops.prefix_attention(q, k, v, none, none, is_causal=causal, **masks, **numbers)
+        index, heads, style = self.selection.index, some[0].heads, some[0].style
+        keys, values = zip(*(prefix.keys_values() for prefix in some))
+        log_bias = gate_out = None
+        if any(prefix.log_bias is not None for prefix in some):
+            each: list[Any] = [keys[0].new_zeros(p.length) if p.log_bias is None else p.log_bias for p in some]
+            log_bias = torch.cat(each).expand(heads, -1)
+        if style != "joint":
+            each = [keys[0].new_zeros(heads) if prefix is None else prefix.gate_out for prefix in prefixes]
+            gate_out = torch.tanh(torch.stack(each))
+        gate = _mixed_gate(prefixes, index, hidden, is_causal, masks)
+        return ops.prefix_attention(
+            q,
+            k,
+            v,
+            torch.cat(keys, dim=1),  # flat: [Hk, ΣP, D]
+            torch.cat(values, dim=1),
+            mode="joint" if style == "joint" else "separate",
+            gate_k=gate,
+            gate_v=gate,
+            log_bias=log_bias,
+            gate_out=gate_out,
+            is_causal=causal,
+            prefix_index=index,
+            prefix_offsets=self.offsets,
+            **masks,
+            **numbers,
         )
-    keys, values = zip(*(prefix.keys_values() for prefix in some))
-    biases = None
-    if any(prefix.log_bias is not None for prefix in some):
-        each: list[Any] = [
-            keys[0].new_zeros(prefix.length) if prefix.log_bias is None else prefix.log_bias for prefix in some
-        ]
-        biases = torch.cat(each).expand(heads, -1)
-    gate_out = None
-    if style != "joint":
-        each = [keys[0].new_zeros(heads) if prefix is None else prefix.gate_out for prefix in prefixes]
-        gate_out = torch.tanh(torch.stack(each))
-    masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
-    gate = _mixed_gate(prefixes, index, hidden, is_causal, masks)
-    return ops.prefix_attention(
-        q,
-        k,
-        v,
-        torch.cat(keys, dim=1),  # flat: [Hk, ΣP, D]
-        torch.cat(values, dim=1),
-        mode="joint" if style == "joint" else "separate",
-        gate_k=gate,
-        gate_v=gate,
-        log_bias=biases,
-        gate_out=gate_out,
-        is_causal=is_causal and attn_mask is None,
-        prefix_index=index,
-        prefix_offsets=offsets,
-        dropout_p=dropout_p,
-        scale=scale,
-        **masks,
-    )
 
 
 def _mixed_gate(
