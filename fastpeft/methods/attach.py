@@ -8,8 +8,9 @@ The protocol. A method is a module of this folder, listed in `METHODS` of `__ini
     attach(model, config, name) -> Adapter        raises before it changes anything; inactive, its parameters require grad
     to_file(adapter) -> (config, tensors, why)    the adapter_config.json, the tensors by their names in the file, and why
                                                   the file is not PEFT's, or None where PEFT reads it. Task heads are not its
-                                                  matter: neither `modules_to_save` nor their tensors
-    from_file(model, file) -> Config              refuses what it does not compute; raises AdapterFileError
+                                                  matter, nor what `peft_format.common` says of the base
+    from_file(model, file) -> Config              refuses what it does not compute; raises AdapterFileError. `modules_to_save`
+                                                  are the task heads in the file (`peft_format.heads`)
     expected(model, config, file_config)          {name in the file: shape}, without task heads
     load(adapter, tensors)                        copies what was read into its parameters
 
@@ -73,7 +74,7 @@ def attach(model: nn.Module, config: Any, name: str) -> None:
 
 def detach(model: nn.Module, name: str | None) -> None:
     """See `fastpeft.detach`."""
-    model = _plain(model)
+    model = plain(model)
     record, name = pick(model, name, "detach")
     if record.active == name:
         _switch(record, None)
@@ -93,8 +94,8 @@ def detach(model: nn.Module, name: str | None) -> None:
 
 def activate(model: nn.Module, name: str | None) -> None:
     """See `fastpeft.activate`."""
-    model = _plain(model)
-    record = _record(model)
+    model = plain(model)
+    record = record_of(model)
     if record is None:
         raise ValueError(f"fastpeft.activate: no adapter is attached to this {type(model).__name__}")
     if name is not None:
@@ -105,8 +106,9 @@ def activate(model: nn.Module, name: str | None) -> None:
 
 def install(model: nn.Module, config: Any, name: str, heads: Collection[str] | None) -> Attached:
     """attach, with the names of the modules that the adapter trains whole; None: as the config and the model say."""
-    model = _plain(model)
-    method = _check(model, config, name)
+    model = plain(model)
+    check(model, name)
+    method = _method(config)
     if heads is None:
         heads = _find_heads(model, config.modules_to_save)
     flags = [
@@ -121,7 +123,7 @@ def install(model: nn.Module, config: Any, name: str, heads: Collection[str] | N
     except BaseException:
         leave(model, sites, name)
         raise
-    record = _record(model)
+    record = record_of(model)
     if record is None:
         record = model.__dict__["_fastpeft"] = Record(flags)
         for module, key, flag in flags:
@@ -134,7 +136,7 @@ def install(model: nn.Module, config: Any, name: str, heads: Collection[str] | N
 
 def pick(model: nn.Module, name: str | None, op: str) -> tuple[Record, str]:
     """The record and the name of an attached adapter; None: of the only one. Raises ValueError."""
-    record = _record(_plain(model))
+    record = record_of(plain(model))
     if record is None:
         raise ValueError(f"fastpeft.{op}: no adapter is attached to this {type(model).__name__}")
     known = ", ".join(map(repr, record.attached))
@@ -150,14 +152,14 @@ def pick(model: nn.Module, name: str | None, op: str) -> tuple[Record, str]:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _plain(model: Any) -> nn.Module:
+def plain(model: Any) -> nn.Module:
     """The model that `torch.compile` made a callable of."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastpeft: model must be a torch.nn.Module, got {type(model).__name__}")
     return model._modules.get("_orig_mod") or model
 
 
-def _record(model: nn.Module) -> Record | None:
+def record_of(model: nn.Module) -> Record | None:
     record = model.__dict__.get("_fastpeft")  # `fp.apply` keeps something else there, on PEFT's layers
     return record if isinstance(record, Record) else None
 
@@ -183,19 +185,15 @@ def _switch(record: Record, name: str | None) -> None:
         record.trained = name
 
 
-def _check(model: nn.Module, config: Any, name: str) -> Any:
-    """The config's method. Raises TypeError, ValueError, RuntimeError."""
-    method = METHODS.get(getattr(config, "method", None))
-    if method is None or not isinstance(config, method.Config):
-        kinds = " or ".join(f"fp.{method.Config.__name__}" for method in METHODS.values())
-        raise TypeError(f"fastpeft.attach: config must be an {kinds}, got {type(config).__name__}")
+def check(model: nn.Module, name: str) -> None:
+    """Whether an adapter of this name can come to this model. Raises TypeError, ValueError, RuntimeError."""
     if not isinstance(name, str):
         raise TypeError(f"fastpeft.attach: name must be a str, got {type(name).__name__}")
     if not name or "." in name or hasattr(nn.ModuleDict, name):
         raise ValueError(
             f"fastpeft.attach: name must have no dot and not be an attribute of nn.ModuleDict, got {name!r}"
         )
-    record = _record(model)
+    record = record_of(model)
     if record is not None and name in record.attached:
         raise ValueError(f"fastpeft.attach: an adapter {name!r} is attached already; detach it, or take another name")
     tuners, peft = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.peft_model")
@@ -206,6 +204,13 @@ def _check(model: nn.Module, config: Any, name: str) -> Any:
         )
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         raise RuntimeError("fastpeft.attach: FSDP2 has already sharded this model; attach before fully_shard")
+
+
+def _method(config: Any) -> Any:
+    method = METHODS.get(getattr(config, "method", None))
+    if method is None or not isinstance(config, method.Config):
+        kinds = " or ".join(f"fp.{method.Config.__name__}" for method in METHODS.values())
+        raise TypeError(f"fastpeft.attach: config must be an {kinds}, got {type(config).__name__}")
     return method
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..adapter_files import AdapterFile, AdapterFileError
 from ..interop import transformers
 from ..nn import Linear4bit, LoraLinear
 from ..nn.lora_linear import adapted
 from ..quantization import hooked, matches, why_dense
+from . import peft_format
 from .sites import Adapter, Site, TaskHead, leave, original, replace, walk
 
 
@@ -35,12 +38,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"LoraConfig: r must be an int of at least 1, got {self.r!r}")
-        for field, most in ("alpha", math.inf), ("dropout", 1):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < most:
-                raise ValueError(f"LoraConfig: {field} must be a number{_RANGES[field]}, got {value!r}")
-        if self.dropout < 0:
-            raise ValueError(f"LoraConfig: dropout must be a number{_RANGES['dropout']}, got {self.dropout!r}")
+        if not _is_number(self.alpha) or not abs(self.alpha) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"LoraConfig: alpha must be a finite number, got {self.alpha!r}")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"LoraConfig: dropout must be a number in [0, 1), got {self.dropout!r}")
         if not isinstance(self.rslora, bool):
             raise TypeError(f"LoraConfig: rslora must be a bool, got {self.rslora!r}")
         for field in ("targets", "modules_to_save"):
@@ -60,7 +61,10 @@ class LoraConfig:
 
 
 Config = LoraConfig
-_RANGES = {"alpha": ", finite", "dropout": " in [0, 1)"}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class LoraWeights(nn.Module):
@@ -130,6 +134,111 @@ def attach(model: nn.Module, config: LoraConfig, name: str) -> LoraAdapter:
     return LoraAdapter(model, config, name, sites)
 
 
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+HEADS = "base_model.model."  # before every name, those of task heads too
+
+# Of PEFT's other options no trained adapter's forward depends on these, in their default or any value.
+_HONOURED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save", "init_lora_weights")
+_SELECT = ("exclude_modules", "layers_to_transform", "layers_pattern")  # what they select is what the file holds
+_IDLE = ("fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "runtime_config")
+_INIT = (None, True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
+
+
+def to_file(adapter: LoraAdapter) -> tuple[dict[str, Any], dict[str, torch.Tensor], None]:
+    """PEFT's files, which say all."""
+    config = adapter.config
+    tensors = {}
+    for place, weights in adapter.weights().items():
+        tensors[f"{HEADS}{place}.lora_A.weight"] = weights.lora_a
+        tensors[f"{HEADS}{place}.lora_B.weight"] = weights.lora_b
+    layers = [site.base for site in adapter.sites.values()]
+    about = {
+        "peft_type": "LORA",
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "bias": "none",
+        "fan_in_fan_out": all(map(transformers.is_conv1d, layers)),
+        "target_modules": _peft_targets(adapter.model, list(adapter.sites)),
+    }
+    return about, tensors, None
+
+
+def _peft_targets(model: nn.Module, places: list[str]) -> list[str] | str:
+    """Names that PEFT takes for these modules alone: it compares their ends, so it may take a regular expression."""
+    others = [name for name, _ in walk(model) if name not in places]
+    ends = {".".join(name.split(".")[i:]) for name in others for i in range(1, name.count(".") + 1)}
+    return places if ends.isdisjoint(places) else "|".join(map(re.escape, places))
+
+
+def from_file(model: nn.Module, file: AdapterFile) -> LoraConfig:
+    """`targets` are whole names. Raises AdapterFileError."""
+    config = file.config
+    peft_format.refuse(config, (*_HONOURED, *_SELECT, *_IDLE), {"bias": "none"})
+    init = config.get("init_lora_weights")
+    if not isinstance(init, (str, bool, type(None))) or init not in _INIT:
+        raise AdapterFileError(
+            f"adapter_config.json: 'init_lora_weights' is {init!r:.200}, which changed the base model's weights. Convert the "
+            "adapter with PEFT (save_pretrained's path_initial_model_for_weight_conversion)"
+        )
+    heads = peft_format.heads(model, config)
+    try:
+        return LoraConfig(
+            config.get("r", 8),
+            config.get("lora_alpha", 8),
+            config.get("lora_dropout", 0.0),
+            _file_targets(model, file, heads),
+            heads,
+            config.get("use_rslora") or False,
+        )
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"adapter_config.json: {error}") from None
+
+
+def _file_targets(model: nn.Module, file: AdapterFile, heads: list[str]) -> list[str]:
+    """The layers of the file, as PEFT finds them by the ends of their names.
+
+    Where a pattern says which, they are those that the file has tensors for: a regular expression may take for ever.
+    """
+    targets = file.config.get("target_modules")
+    if isinstance(targets, str) or any(file.config.get(key) for key in _SELECT):
+        parts = ".lora_A.weight", ".lora_B.weight"
+        held = {key.removesuffix(end).removeprefix(HEADS) for key in file.tensors for end in parts if key.endswith(end)}
+        found = [name for name in _layers(model) if name in held]
+    else:
+        ends = tuple(f".{name}" for name in peft_format.names(file.config, "target_modules"))
+        saved = [f".{name}." for name in peft_format.names(file.config, "modules_to_save")]
+        found = [name for name in _layers(model) if f".{name}".endswith(ends)] if ends else []
+        found = [name for name in found if not any(part in f".{name}." for part in saved)]
+    found = [name for name in found if not f"{name}.".startswith(tuple(f"{head}." for head in heads))]
+    if not found:
+        raise AdapterFileError(
+            f"adapter_config.json: 'target_modules' is {targets!r:.200}, which names no linear layer of this "
+            f"{type(model).__name__}. It has: {', '.join(_ends(_layers(model)))}"
+        )
+    return found
+
+
+def expected(model: nn.Module, config: LoraConfig, file_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the file's tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for place, there in _targets(model, config).items():
+        n, k = _shape(original(there))
+        shapes[f"{HEADS}{place}.lora_A.weight"] = config.r, k
+        shapes[f"{HEADS}{place}.lora_B.weight"] = n, config.r
+    return shapes
+
+
+@torch.no_grad()
+def load(adapter: LoraAdapter, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Into its parameters, whatever the file's dtype."""
+    for place, weights in adapter.weights().items():
+        weights.lora_a.copy_(tensors[f"{HEADS}{place}.lora_A.weight"])
+        weights.lora_b.copy_(tensors[f"{HEADS}{place}.lora_B.weight"])
+
+
 # ---- which layers ----------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +249,7 @@ def _targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         for child in module._modules.values():
             parents.setdefault(id(child), []).append(module)
     heads = [f"{name}." for name, there in walk(model) if isinstance(there, TaskHead)]
-    layers = {name: there for name, there in walk(model) if _is_linear(original(there))}
+    layers = _layers(model)
     inside = {name: head[:-1] for name in layers for head in heads if f"{name}.".startswith(head)}
     if config.targets is None:
         outputs = transformers.output_embeddings(model)
@@ -177,17 +286,26 @@ def _named(target: str, layers: Mapping[str, nn.Module], model: nn.Module, insid
         )
     if found:
         return found
-    known = sorted({name.rpartition(".")[2] for name in layers})
     near = difflib.get_close_matches(target, {part for name in layers for part in (name, *name.split("."))}, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(
         f"fastpeft.attach: targets has {target!r}, which is no linear layer of this {type(model).__name__}{hint}. "
-        f"It has: {', '.join(known)}"
+        f"It has: {', '.join(_ends(layers))}"
     )
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """What stands at the linear layers of the base, by their names."""
+    at = dict(walk(model))
+    return {name: there for name, there in at.items() if _is_linear(original(there))}
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or transformers.is_conv1d(module)
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _is_foreign(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from ..backends.choice import allows, forced
 from ..reference import prefix_attention as reference
 from . import _check
 from . import _prefix_attention_check as check
-from ._op import once_differentiable, plain_call, transformed
+from ._op import Watch, once_differentiable, plain_call, transformed
 from ._prefix_attention_registered import Registered, passes_for
 from ._registered import Named
 
@@ -176,7 +176,8 @@ class PrefixAttention(torch.autograd.Function):
         o, o_x, lse, lse_p = forward(_passes(passes), q, k, v, prefix, mask, seed, causal, separate, p, scale)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        ctx.save_for_backward(*tensors, o_x if separate else o, lse, lse_p)
+        kept, ctx.watch = (o_x, None) if separate else _kept(o, plain=not isinstance(passes, str))
+        ctx.save_for_backward(*tensors, kept, lse, lse_p)
         return o
 
     @staticmethod
@@ -185,16 +186,23 @@ class PrefixAttention(torch.autograd.Function):
             return (None,) * 15
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:10]  # checkpointing lets them be unpacked once only
         with torch.no_grad():
-            found = _gradients(ctx.call, needs, saved, do)
+            found = _gradients(ctx.call, needs, saved, do, ctx.watch)
         if torch.is_grad_enabled() and not is_compiling():  # create_graph=True
             found = once_differentiable(check.OP, found, (*saved, do))
         return None, *found, *(None,) * 5
 
 
-def _gradients(call, needs, saved, do):
+def _kept(o, plain):
+    """What backward reads of the output, which the caller may change in place, and a watch on that where none looks."""
+    return (o.data, Watch(o)) if plain else (o.clone(), None)
+
+
+def _gradients(call, needs, saved, do, watch):
     passes, *numbers = call
     q, k, v, *prefix, mask, seed, o, lse, lse_p = saved
     if not isinstance(passes, str) and not plain_call(do):
         passes = forced()
+    if watch is not None and watch.changed():
+        o, _, lse, lse_p = forward(_passes(passes), q, k, v, prefix, mask, seed, *numbers)
     found = backward(_passes(passes), check.dense_rows(do), q, k, v, prefix, mask, seed, o, lse, lse_p, *numbers, needs)
     return tuple(None if d is None else d.to(t.dtype) for d, t in zip(found, (q, k, v, *prefix)))
