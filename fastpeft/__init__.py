@@ -22,7 +22,8 @@ from .weight4bit import Weight4bit
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+    from typing import Any
 
     import torch
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .methods.files import Saved
     from .methods.lora import LoraConfig
     from .methods.prefix import PrefixConfig
+    from .methods.prefix_report import PrefixReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,6 +47,8 @@ __all__ = [
     "nn",
     "ops",
     "plan",
+    "prefix_report",
+    "prune_prefix",
     "quantize",
     "revert",
     "save_adapter",
@@ -206,6 +210,52 @@ def load_adapter(
     from .methods.files import load_adapter as load
 
     load(model, folder, name, check_base=check_base, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
+
+
+def prefix_report(model: torch.nn.Module, data: Iterable[Mapping[str, Any]], name: str | None = None) -> PrefixReport:
+    """Average the gates of an attached prefix (APT's λ·α) over data: which layers and tokens it uses.
+
+    Args:
+        data: batches of keywords, `model(**batch)`, of whole rows; read once. Those with `labels` of a classification of
+            rows (int [B], logits [B, classes]) also split the rows by right and wrong predictions.
+        name: of the prefix; None: the only adapter.
+
+    The prefix runs alone, without dropout and gradients; what was active, trained and in training mode is so again after.
+
+    Returns:
+        `str()` is a table, `.weights` [layers, P], `.plot(path)` a heat map, `.lengths(budget)` the lengths of a shorter
+        prefix to be trained anew, `.rank_correlation(other)` how far two agree.
+
+    Raises:
+        ValueError: no such adapter, one without gates, or no data. TypeError: a batch that is no dict.
+    """
+    from .methods.prefix_report import prefix_report as report_on
+
+    return report_on(model, data, name)
+
+
+def prune_prefix(
+    model: torch.nn.Module, budget: int, data: Iterable[Mapping[str, Any]], name: str | None = None
+) -> PrefixReport:
+    """Keep the `budget` tokens of an attached prefix, in all layers together, whose gates are largest on average over data.
+
+    In place; an optimizer must be made anew. What a layer lost leaves one token of zero key and value behind, with a
+    log-bias, that takes its share of the softmax: it is not trained and not counted. Positions start where they did. Both
+    stand in the adapter's file. The output changes by no more than the dropped gates give (`methods/prefix_prune.py`). A
+    prefix that is trained anew at `report.lengths(budget)` needs neither.
+
+    Args:
+        data, name: as for `prefix_report`.
+
+    Returns:
+        the report by which it chose.
+
+    Raises:
+        ValueError, TypeError: as `prefix_report`, or a budget out of range. The prefix is left untouched.
+    """
+    from .methods.prefix_prune import prune_prefix as prune
+
+    return prune(model, budget, data, name)
 
 
 def __getattr__(name: str) -> object:  # configs, on first use: what they belong to is not loaded with the package

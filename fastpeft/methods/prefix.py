@@ -39,6 +39,8 @@ class PrefixConfig:
         position_start: where the positions of tokens start; None: behind the longest length. A prefix that was shortened
             after training keeps the old value. Models of images do not move their positions.
         log_bias: keep a bias a prefix token, added to its scores.
+        dropped: a number a layer: how many pruned tokens its last one stands for (`fp.prune_prefix` writes it; () for none).
+        gates_from: name of an attached prefix of as many tokens, whose token and layer gates this one begins with.
         modules_to_save: further modules that are trained and saved with it.
 
     Raises:
@@ -52,6 +54,8 @@ class PrefixConfig:
     init: Any = "random"
     position_start: int | None = None
     log_bias: bool = False
+    dropped: Sequence[int] = ()
+    gates_from: str | None = None
     modules_to_save: Sequence[str] = ()
 
     method: ClassVar[str] = "prefix"
@@ -59,7 +63,7 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         if isinstance(self.init, torch.Tensor):
             object.__setattr__(self, "init", self.init.tolist())
-        for name in ("length", "init", "modules_to_save"):
+        for name in ("length", "init", "dropped", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
@@ -79,6 +83,12 @@ class PrefixConfig:
             _bad("position_start", "None or an int of at least 0", self.position_start)
         if not isinstance(self.log_bias, bool):
             _bad("log_bias", "True or False", self.log_bias)
+        if not isinstance(self.dropped, tuple) or not all(map(_is_count, self.dropped)):
+            _bad("dropped", "a sequence of ints of at least 0, one a layer", self.dropped)
+        if any(self.dropped) and (not self.log_bias or self.mlp is not None):
+            _bad("dropped", "() without log_bias, or with an MLP", self.dropped)
+        if self.gates_from is not None and (self.gates is None or not isinstance(self.gates_from, str)):
+            _bad("gates_from", "None without gates, else the name of an attached prefix", repr(self.gates_from))
         if isinstance(self.init, tuple):
             if len(self.init) != max(lengths) or not all(_is_count(token) for token in self.init):
                 _bad(
@@ -98,6 +108,13 @@ class PrefixConfig:
                 _bad("length", f"one int a layer, {layers} of them", f"{len(self.length)}")
             return self.length
         return (self.length,) * layers  # type: ignore[return-value]
+
+    def dropped_of(self, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        """`dropped` of each layer. ValueError: it does not fit these lengths."""
+        dropped = self.dropped or (0,) * len(lengths)
+        if len(dropped) != len(lengths) or any(n and not length for n, length in zip(dropped, lengths)):
+            _bad("dropped", f"one int a layer, {len(lengths)} of them, 0 where length is 0", dropped)
+        return tuple(dropped)
 
 
 Config = PrefixConfig
@@ -130,6 +147,14 @@ class PrefixAdapter(Adapter):
     def activate(self, on: bool) -> None:
         self.selection.activate(self.name if on else None)
 
+    def replace(self, config: PrefixConfig, prefixes: list[PrefixAttention | None]) -> None:
+        """Put others in the place of its prefixes, in the layers that have one; where tokens start stays."""
+        new = {id(old): prefix for old, prefix in zip(self.prefixes, prefixes)}
+        for module in _layers(self.model):
+            if self.name in module:
+                module._modules[self.name] = new[id(module[self.name])]
+        self.config, self.prefixes = config, prefixes
+
     def remove(self) -> None:
         del self.selection.starts[self.name]
         for module in _layers(self.model):
@@ -149,9 +174,12 @@ def attach(model: nn.Module, config: PrefixConfig, name: str) -> PrefixAdapter:
     attention = _interop()
     host = attention.find(model)
     lengths = config.lengths(len(host.layers))
+    dropped = config.dropped_of(lengths)
     start = _start(host, config, lengths)
     text = attention.keys_values(host, _token_ids(host, config)) if isinstance(config.init, tuple) else None
-    prefixes = [_prefix(layer, length, config) if length else None for layer, length in zip(host.layers, lengths)]
+    prefixes = [_prefix(*of, config) if of[1] else None for of in zip(host.layers, lengths, dropped)]
+    if config.gates_from is not None:
+        _copy_gates(host, config.gates_from, prefixes)
     for i, (prefix, length) in enumerate(zip(prefixes, lengths)):
         if prefix is not None and text is not None:
             prefix.set_keys_values(*(x[:, :length] for x in text[i]))
@@ -240,6 +268,7 @@ def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Ten
         "style": config.style,
         "position_start": adapter.selection.starts[adapter.name],
         "log_bias": config.log_bias,
+        "dropped": list(config.dropped),
     }
     tensors: dict[str, torch.Tensor] = {}
     for i, prefix in enumerate(adapter.prefixes):
@@ -276,7 +305,7 @@ def from_file(model: nn.Module, file: AdapterFile) -> PrefixConfig:
     else:
         peft_format.refuse(config, ("fastpeft", "modules_to_save"), {})
         fields = {key: value for key, value in own.items() if key not in ("method", "version")}
-    unknown = set(fields) - {"length", "gates", "style", "position_start", "log_bias"}
+    unknown = set(fields) - {"length", "gates", "style", "position_start", "log_bias", "dropped"}
     if unknown:
         raise AdapterFileError(f"adapter_config.json: a prefix has no {', '.join(sorted(unknown))!r:.200}")
     try:
@@ -289,6 +318,7 @@ def expected(model: nn.Module, config: PrefixConfig, file_config: Mapping[str, A
     """The names and shapes of the tensors of a file."""
     host = _interop().find(model)
     lengths = config.lengths(len(host.layers))
+    config.dropped_of(lengths)
     _start(host, config, lengths)
     if "fastpeft" not in file_config:
         width = host.layers[0].kv_heads * host.layers[0].head_dim
@@ -341,7 +371,7 @@ def _layers(model: nn.Module) -> list[Prefixes]:
     return [module for module in model.modules() if isinstance(module, Prefixes)]
 
 
-def _prefix(layer: Layer, length: int, config: PrefixConfig) -> PrefixAttention:
+def _prefix(layer: Layer, length: int, dropped: int, config: PrefixConfig) -> PrefixAttention:
     like = next(layer.module.parameters())
     return PrefixAttention(
         layer.heads,
@@ -354,9 +384,32 @@ def _prefix(layer: Layer, length: int, config: PrefixConfig) -> PrefixAttention:
         mlp=config.mlp,
         init=config.init if isinstance(config.init, str) else "zeros",
         log_bias=config.log_bias,
+        dropped=dropped,
         dtype=torch.float64 if like.dtype == torch.float64 else torch.float32,
         device=like.device,
     )
+
+
+def _copy_gates(host: Host, source: str, prefixes: list[PrefixAttention | None]) -> None:
+    """The token and layer gates of the attached prefix `source`."""
+    attached = selection.starts if (selection := _interop().selection_of(host.model)) else ()
+    if source not in attached:
+        _bad("gates_from", f"an attached prefix ({', '.join(attached) or 'there is none'})", repr(source))
+    for i, (layer, prefix) in enumerate(zip(host.layers, prefixes)):
+        old = layer.module._modules[_interop().NAME]._modules.get(source)
+        if prefix is None and old is None:
+            continue
+        mine, theirs = ([p and p.gates, p.tokens if p else 0] for p in (prefix, old))
+        if mine != theirs:
+            _bad(
+                "gates_from",
+                f"a prefix with {mine[0]} gates and {mine[1]} tokens in layer {i}",
+                f"{source!r}: {theirs}",
+            )
+        for key in ("token_gate", "layer_gate"):
+            if hasattr(prefix, key):
+                rows = prefix.tokens if key == "token_gate" else 1
+                getattr(prefix, key).data[:rows].copy_(getattr(old, key).data[:rows])
 
 
 def _start(host: Host, config: PrefixConfig, lengths: tuple[int, ...]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ class PrefixAttention(nn.Module):
         init: "random", N(0, 0.02), or "zeros", where all tokens of an ungated prefix stay alike for ever; with an MLP they
             are what its last layer begins as. Keys and values of real text are copied in by `set_keys_values`.
         log_bias: keep β, a buffer [P] that is 0 at first; −∞ prunes a token, log(n) makes it count for n of them.
+        dropped: 0, or how many pruned tokens the last one stands for: its key and value are 0 whatever is trained, so that
+            its score is β alone, at first log(dropped), and its gate has no effect. Needs log_bias, and no MLP.
         dtype: of the parameters; float32 masters by default (the kernel rounds them).
 
     Shapes: q [B, H, T, D], k and v [B, Hk, S, D], h [B, T, d] -> o [B, H, T, D]. Parameters: prefix_k, prefix_v
@@ -65,6 +68,7 @@ class PrefixAttention(nn.Module):
         mlp: int | None = None,
         init: str = "random",
         log_bias: bool = False,
+        dropped: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -77,8 +81,10 @@ class PrefixAttention(nn.Module):
                 raise ValueError(f"PrefixAttention: {name} must be one of {known}, got {value!r}")
         if hidden_size is None and (mlp is not None or "token" in (gates or "")):
             raise ValueError("PrefixAttention: hidden_size is needed for token gates and for an MLP")
+        if dropped and (mlp is not None or not log_bias):
+            raise ValueError("PrefixAttention: dropped needs log_bias=True and mlp=None")
         self.heads, self.kv_heads, self.head_dim, self.length = heads, kv_heads, head_dim, length
-        self.gates, self.style = gates, style
+        self.gates, self.style, self.dropped = gates, style, dropped
         like: dict[str, Any] = {"dtype": dtype, "device": device}
         if mlp is None:
             self.prefix_k = nn.Parameter(torch.zeros(kv_heads, length, head_dim, **like))
@@ -98,6 +104,8 @@ class PrefixAttention(nn.Module):
         if style == "llama_adapter":
             self.gate_out = nn.Parameter(torch.zeros(heads, **like))
         self.register_buffer("log_bias", torch.zeros(length, **like) if log_bias else None)
+        if dropped:
+            self.log_bias[-1] = math.log(dropped)
 
     def forward(
         self,
@@ -143,6 +151,9 @@ class PrefixAttention(nn.Module):
             made = self.mlp(self.embedding).view(self.length, 2, self.kv_heads, self.head_dim)
             pk, pv = made.permute(1, 2, 0, 3).unbind()
             return pk, pv
+        if self.dropped:
+            pk, pv = (pad(x[:, :-1], (0, 0, 0, 1)) for x in (self.prefix_k, self.prefix_v))
+            return pk, pv
         return self.prefix_k, self.prefix_v
 
     @torch.no_grad()
@@ -174,6 +185,26 @@ class PrefixAttention(nn.Module):
         if self.gates != "token":
             gate = self.layer_gate.view(1, 1, 1, 1) if gate is None else gate * self.layer_gate
         return gate
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has of its own: one that stands for pruned ones does not count."""
+        return self.length - bool(self.dropped)
+
+    @torch.no_grad()
+    def mean_gate(
+        self,
+        hidden: torch.Tensor | None,
+        is_causal: bool,
+        key_padding_mask: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """G as in `gate`, averaged over a row's tokens that are attended: [B or 1, tokens]."""
+        gate = self.gate(hidden, is_causal, key_padding_mask, attn_mask)
+        gate = gate.expand(*gate.shape[:3], self.length)[:, 0, :, : self.tokens]  # [B, T or 1, P]
+        if gate.shape[1] > 1:
+            gate = _mean(gate, _attended(key_padding_mask, attn_mask))
+        return gate[:, 0]
 
     def extra_repr(self) -> str:
         shape = f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, length={self.length}"
