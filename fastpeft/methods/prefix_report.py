@@ -88,16 +88,14 @@ class PrefixReport:
         except ImportError as error:
             wanted = 'matplotlib, which cannot be imported; pip install "fastpeft[bench]" brings it'
             raise ImportError(f"PrefixReport.plot needs {wanted}") from error
-        maps = [(f"mean gate, {self.rows} rows", self.weights)]
+        maps = [(f"mean gate, {self.rows} rows", self.weights, bool((self.weights < 0).any()))]
         if self.right is not None and self.wrong is not None:
-            maps.append((f"{self.right_rows} right minus {self.wrong_rows} wrong", self.right - self.wrong))
+            maps.append((f"{self.right_rows} right minus {self.wrong_rows} wrong", self.right - self.wrong, True))
         layers, tokens = self.weights.shape
         size = (1.5 + max(4.0, 0.16 * tokens)) * len(maps), 1.3 + max(1.5, 0.22 * layers)
         figure = Figure(figsize=size, layout="constrained")
-        for axis, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps):
-            known = values[~values.isnan()]
-            signed = bool((known < 0).any())
-            top = known.abs().max().item() or 1.0
+        for axis, (title, values, signed) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps):
+            top = values.abs().nan_to_num().max().item() or 1.0
             axis.set_facecolor("#dddddd")  # no such token
             image = axis.imshow(
                 values, aspect="auto", cmap="RdBu_r" if signed else "Blues", vmin=-top if signed else 0.0, vmax=top
