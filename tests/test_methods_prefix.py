@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import _prefix
@@ -130,16 +131,20 @@ def test_a_prefix_from_token_ids_is_that_text(kind):
 
 
 def test_token_ids_are_read_by_the_base_alone():
-    model, _ = attached("llama", fp.PrefixConfig(3), "first")
-    fp.attach(model, fp.LoraConfig(), "lora")
-    for p in adapter(model, "lora").parameters().values():
-        nn.init.normal_(p)
-    fp.attach(model, fp.PrefixConfig((5, 2), init=list(range(10, 15))))
-    alone = base_model("llama")
-    fp.attach(alone, fp.PrefixConfig(5, init=list(range(10, 15))))
-    for got, expected in zip(adapter(model).given(), adapter(alone).given()):
-        assert torch.equal(got.prefix_k, expected.prefix_k[:, : got.length])
-        assert torch.equal(got.prefix_v, expected.prefix_v[:, : got.length])
+    """Whatever is active. A layer of fewer tokens takes the first ones."""
+    found = []
+    for dtype in (torch.float64, torch.float64, torch.float32):
+        model = base_model("llama").to(dtype)
+        if not found:
+            fp.attach(model, fp.PrefixConfig(3), "prefix")
+            fp.attach(model, fp.LoraConfig(), "lora")
+            for name in ("prefix", "lora"):
+                stir(list(adapter(model, name).parameters().values()))
+            fp.activate(model, "prefix")
+        fp.attach(model, fp.PrefixConfig((5, 2), init=list(range(10, 15))))
+        assert [prefix.length for prefix in adapter(model).given()] == [5, 2]
+        found.append(torch.cat([p.flatten() for p in adapter(model).parameters().values()]))
+    assert_same(*found)
 
 
 # ---- positions and mixed batches -------------------------------------------------------------------------------------
@@ -422,6 +427,98 @@ def test_lora_beside_a_prefix():
     fp.detach(both, "prefix")
     fp.activate(both, "lora")
     assert torch.equal(both(ids).logits, lora(ids).logits)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit"])
+def test_files_bring_a_prefix_back(kind, config, tmp_path):
+    """Task heads too. An MLP comes back as what it made."""
+    model, base = attached(kind, CONFIGS[config])
+    for prefix in adapter(model).given():
+        if prefix.log_bias is not None:
+            prefix.log_bias.copy_(torch.tensor([0.5, -3.0, 1.0]))
+    if kind != "llama":
+        stir(list(model.classifier.adapters["default"].parameters()))
+    inputs = batch(kind)
+    saved = fp.save_adapter(model, tmp_path)
+    reasons = {
+        "one a layer": "one length and shape",
+        "apt": "no gates",
+        "token gates": "no gates",
+        "layer gates": "no gates",
+        "llama_adapter": "no llama_adapter-style",
+        "llama_adapter, gates": "no gates",
+        "log-bias, later start": "no log-bias",
+    }
+    peft = config in ("joint", "mlp") and kind != "vit"
+    assert saved.format == ("peft" if peft else "fastpeft")
+    assert peft or reasons.get(config, "positions start behind the prefix") in str(saved)
+    other = copy.deepcopy(base)
+    fp.load_adapter(other, tmp_path)
+    assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+    assert not any("mlp" in name for name in adapter(other).parameters())
+    again = fp.save_adapter(other, tmp_path / "again")
+    assert again.format == saved.format
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_peft_reads_our_files_and_we_read_pefts(kind, tmp_path):
+    from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+
+    model, base = attached(kind, fp.PrefixConfig(5))
+    inputs = batch(kind)
+    double, found = copy.deepcopy(model).double(), []
+    fp.save_adapter(model, tmp_path)
+    for dtype in (torch.float64, torch.float32):
+        peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).to(dtype)
+        found.append(peft(**inputs).logits)
+    assert_same(double(**inputs).logits, *found)
+
+    trained = get_peft_model(
+        copy.deepcopy(base), PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
+    )
+    trained.save_pretrained(tmp_path / "theirs")
+    other = copy.deepcopy(base).double()
+    fp.load_adapter(other, tmp_path / "theirs")
+    single = trained(**inputs).logits
+    trained = trained.double()
+    assert_same(other(**inputs).logits, trained(**inputs).logits, single)
+
+
+@pytest.mark.parametrize(
+    "config, change, message",
+    [
+        ("joint", {"num_virtual_tokens": 6}, "prompt_embeddings"),
+        ("joint", {"num_virtual_tokens": None}, "length must be an int"),
+        ("joint", {"num_virtual_tokens": LIMIT}, "length must be below the 40 positions"),
+        ("joint", {"num_layers": 4}, "'num_layers' must be 2 for this model, got 4"),
+        ("joint", {"token_dim": 8}, "'token_dim' must be 16 for this model, got 8"),
+        (
+            "joint",
+            {"num_transformer_submodules": 2},
+            "'num_transformer_submodules' is 2, which fastpeft does not compute",
+        ),
+        ("apt", {"fastpeft": {"method": "prefix", "version": 1, "length": 5, "depth": 2}}, "a prefix has no 'depth'"),
+        ("apt", {"fastpeft": {"method": "prefix", "version": 1, "length": [5]}}, "length must be one int a layer"),
+        ("apt", {"fastpeft": {"method": "prefix", "version": 1, "length": 5}}, "token_gate"),
+        ("apt", {"fastpeft": {"method": "prefix", "version": 1, "length": [[5], 5]}}, "length must be an int"),
+        ("apt", {"alora_invocation_tokens": [1]}, "does not compute"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(config, change, message, tmp_path):
+    model, base = attached("llama", CONFIGS[config])
+    fp.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    shape = _shape(base)
+    with pytest.raises(ValueError, match=message):
+        fp.load_adapter(base, tmp_path)
+    assert _shape(base) == shape
 
 
 # ---- refusals: nothing half-attached ---------------------------------------------------------------------------------
