@@ -490,6 +490,21 @@ def test_peft_reads_our_files_and_we_read_pefts(kind, tmp_path):
     assert_same(other(**inputs).logits, trained(**inputs).logits, single)
 
 
+def test_pefts_classifiers_are_read(tmp_path):
+    """It cannot run one itself; its head comes too."""
+    from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+
+    base = base_model("bert")
+    trained = get_peft_model(copy.deepcopy(base), PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=4))
+    state = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    stir(list(state.values()))
+    trained.save_pretrained(tmp_path / "theirs")
+    fp.load_adapter(base, tmp_path / "theirs")
+    fp.save_adapter(base, tmp_path / "ours")
+    again = dict(PeftModel.from_pretrained(base_model("bert"), tmp_path / "ours").named_parameters())
+    assert len(state) == 3 and all(torch.equal(p, again[name]) for name, p in state.items())
+
+
 @pytest.mark.parametrize(
     "config, change, message",
     [
