@@ -391,25 +391,19 @@ def _prefix(layer: Layer, length: int, dropped: int, config: PrefixConfig) -> Pr
 
 
 def _copy_gates(host: Host, source: str, prefixes: list[PrefixAttention | None]) -> None:
-    """The token and layer gates of the attached prefix `source`."""
-    attached = selection.starts if (selection := _interop().selection_of(host.model)) else ()
-    if source not in attached:
-        _bad("gates_from", f"an attached prefix ({', '.join(attached) or 'there is none'})", repr(source))
+    """The token and layer gates of the attached prefix `source`. ValueError: there is none, or it does not fit."""
+    selection = _interop().selection_of(host.model)
+    if selection is None or source not in selection.starts:
+        attached = ", ".join(selection.starts) if selection is not None else "there is none"
+        _bad("gates_from", f"an attached prefix ({attached})", repr(source))
     for i, (layer, prefix) in enumerate(zip(host.layers, prefixes)):
         old = layer.module._modules[_interop().NAME]._modules.get(source)
-        if prefix is None and old is None:
-            continue
-        mine, theirs = ([p and p.gates, p.tokens if p else 0] for p in (prefix, old))
+        mine, theirs = (f"{p.gates} gates and {p.tokens} tokens" if p else "no tokens" for p in (prefix, old))
         if mine != theirs:
-            _bad(
-                "gates_from",
-                f"a prefix with {mine[0]} gates and {mine[1]} tokens in layer {i}",
-                f"{source!r}: {theirs}",
-            )
-        for key in ("token_gate", "layer_gate"):
+            _bad("gates_from", f"a prefix with {mine} in layer {i}", f"{source!r}, which has {theirs}")
+        for key, rows in (("token_gate", prefix and prefix.tokens), ("layer_gate", 1)):
             if hasattr(prefix, key):
-                rows = prefix.tokens if key == "token_gate" else 1
-                getattr(prefix, key).data[:rows].copy_(getattr(old, key).data[:rows])
+                getattr(prefix, key).data[:rows] = getattr(old, key).data[:rows]
 
 
 def _start(host: Host, config: PrefixConfig, lengths: tuple[int, ...]) -> int:

@@ -98,7 +98,11 @@ class PrefixReport:
             top = values.abs().nan_to_num().max().item() or 1.0
             axis.set_facecolor("#dddddd")  # no such token
             image = axis.imshow(
-                values, aspect="auto", cmap="RdBu_r" if signed else "Blues", vmin=-top if signed else 0.0, vmax=top
+                values.numpy(),
+                aspect="auto",
+                cmap="RdBu_r" if signed else "Blues",
+                vmin=-top if signed else 0.0,
+                vmax=top,
             )
             axis.set(title=title, xlabel="prefix token", ylabel="layer")
             for ticks in (axis.xaxis, axis.yaxis):
