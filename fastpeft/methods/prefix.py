@@ -192,7 +192,7 @@ def prefix_rows(
     index = torch.as_tensor(index)
     if index.dim() != 1 or index.dtype.is_floating_point or not ((index >= -1) & (index < len(names))).all():
         _bad("index", f"[B] ints from −1 to {len(names) - 1}", index.tolist(), "prefix_rows")
-    device = next(parameter.device for module in layers for parameter in module.parameters())
+    device = next(model.parameters()).device
     before = selection.active
     try:
         selection.mix(names, index.to(device, torch.int32))
