@@ -59,7 +59,7 @@ warn_if_ignored()
 
 
 def apply(model: torch.nn.Module) -> Report:
-    """Put the LoRA layers of a Hugging Face PEFT model on fastpeft's kernels, in place.
+    """Put the LoRA layers of a Hugging Face PEFT model, or its prefix tuning, on fastpeft's kernels, in place.
 
     Parameters, their names, `state_dict` keys and optimizers stay valid. A layer that has no fast path runs PEFT's own
     code, and the report says why. Calling it again is harmless. Use it before `fully_shard` (FSDP2).
@@ -67,6 +67,9 @@ def apply(model: torch.nn.Module) -> Report:
     QLoRA: a bitsandbytes base becomes a `fastpeft.nn.Linear4bit` with the same bytes, state_dict keys and values, and its
     frozen weight a new Parameter; `revert` and PEFT's `unload` give a bitsandbytes layer back. Merging into 4 bits rounds
     (`base_layer.merge_error`), and unmerging restores the original bits.
+
+    Prefix tuning: the attention layers read the prompt where PEFT has it, so that gradient checkpointing, static caches and
+    classifiers work.
 
     Raises:
         ValueError: the model holds no PEFT layer; it is left untouched.
