@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -453,6 +454,24 @@ def test_gates_that_do_not_fit():
         fp.PrefixConfig(3, gates_from="old")
     with pytest.raises(ValueError, match=r"there is none\)"):
         fp.attach(base_model("bert"), fp.PrefixConfig((3, 5), gates="token+layer", gates_from="old"))
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    """docs/prefix.md, one block after the other, as a reader does."""
+    pytest.importorskip("matplotlib")
+    page = (Path(__file__).parent.parent / "docs" / "prefix.md").read_text("utf-8")
+    base_model("bert", layers=4).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    data = batches("bert", labels=True)
+    names = {"train": data, "held_out": data, "batch": data[0]}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M):
+        exec(block.replace("path/or/name", "model"), names)
+    assert (tmp_path / "apt.png").stat().st_size and names["report"].rows == 9
+    lengths = [prefix.length if prefix else 0 for prefix in adapter(names["model"]).prefixes]
+    assert tuple(lengths) == names["report"].lengths(48)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
