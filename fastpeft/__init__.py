@@ -254,7 +254,8 @@ def prune_prefix(
         the report by which it chose.
 
     Raises:
-        ValueError, TypeError: as `prefix_report`, or a budget out of range. The prefix is left untouched.
+        ValueError, TypeError: as `prefix_report`, or a budget out of range. RuntimeError: the model was sharded by FSDP2. The
+        prefix is left untouched.
     """
     from .methods.prefix_prune import prune_prefix as prune
 

@@ -504,6 +504,10 @@ def test_data_and_budgets_that_do_not_do():
     cache = model(**data[0], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="whole rows, which continue no cache, got 7 queries and 14 keys"):
         fp.prune_prefix(model, 2, [data[0] | {"past_key_values": cache}])
+    next(model.parameters()).full_tensor = None  # as those of FSDP2 have
+    with pytest.raises(RuntimeError, match="FSDP2 has sharded this model"):
+        fp.prune_prefix(model, 2, data)
+    del next(model.parameters()).full_tensor
     with prefix_rows(model, [0, 0, -1]), pytest.raises(ValueError, match="prefix_rows gives every row its own"):
         fp.prefix_report(model, data)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

@@ -28,6 +28,10 @@ def prune_prefix(model: nn.Module, budget: int, data: Iterable[Mapping[str, Any]
     """See `fastpeft.prune_prefix`."""
     model = plain(model)
     adapter = gated(model, name, "prune_prefix")
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise RuntimeError(
+            "prune_prefix: FSDP2 has sharded this model; prune before fully_shard, or after loading the file"
+        )
     check_budget(budget, sum(prefix.tokens for prefix in adapter.given()), "prune_prefix")
     report = prefix_report(model, data, name)
     kept = report.kept(budget)
