@@ -616,6 +616,7 @@ def test_configs_that_do_not_fit_are_refused():
         ({"init": "ones"}, "init must be 'random', 'zeros' or token ids"),
         ({"length": 3, "init": [1, 2]}, r"init must be token ids \[P\] = \[3\]"),
         ({"length": 2, "init": [1, 2], "mlp": 4}, "init must be 'random' or 'zeros' with an MLP"),
+        ({"style": "llama_adapter", "init": "zeros"}, "init must be 'random' or token ids with style 'llama_adapter'"),
         ({"position_start": -1}, "position_start must be None or an int"),
         ({"log_bias": 1}, "log_bias must be True or False"),
     ],
@@ -630,5 +631,9 @@ def test_another_attention_while_a_prefix_is_active_is_an_error():
     model.set_attn_implementation("eager")
     with pytest.raises(RuntimeError, match="set to 'eager' while a prefix is active"):
         model(**batch("bert"))
+    fp.activate(model, None)
+    assert model.config._attn_implementation == "eager"
+    fp.activate(model, "default")
+    model(**batch("bert"))
     fp.detach(model)
     assert model.config._attn_implementation == "eager"
