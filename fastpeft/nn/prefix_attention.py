@@ -77,7 +77,7 @@ class PrefixAttention(nn.Module):
                 raise ValueError(f"PrefixAttention: {name} must be one of {known}, got {value!r}")
         if style == "llama_adapter" and init == "zeros":
             raise ValueError(
-                "PrefixAttention: init must be 'random' with style 'llama_adapter': zeros behind g = 0 never train"
+                "PrefixAttention: with style 'llama_adapter' init must be 'random': zeros behind g = 0 never train"
             )
         if hidden_size is None and (mlp is not None or "token" in (gates or "")):
             raise ValueError("PrefixAttention: hidden_size is needed for token gates and for an MLP")
