@@ -137,7 +137,7 @@ def attach(model: torch.nn.Module, config: LoraConfig | PrefixConfig, name: str 
 
     Args:
         model: any module without PEFT's wrappers; transformers need not be there.
-        config: `fp.LoraConfig` or `fp.PrefixConfig`.
+        config: `fp.LoraConfig`, or `fp.PrefixConfig` for a model of transformers.
         name: without dots; several adapters may be attached, one of them active.
 
     Raises:

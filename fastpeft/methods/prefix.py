@@ -100,6 +100,12 @@ class PrefixConfig:
                 _bad("init", "'random' or 'zeros' with an MLP, which makes the keys and values", "token ids")
         elif self.init not in INITS:
             _bad("init", "'random', 'zeros' or token ids [P]", self.init)
+        elif self.style == "llama_adapter" and self.init == "zeros":
+            _bad(
+                "init",
+                "'random' or token ids with style 'llama_adapter', where zeros behind g = 0 never train",
+                "'zeros'",
+            )
 
     def lengths(self, layers: int) -> tuple[int, ...]:
         """The length of each of so many layers. ValueError: another number of them is given."""
@@ -398,7 +404,7 @@ def _prefix(layer: Layer, length: int, dropped: int, config: PrefixConfig) -> Pr
         gates=config.gates,
         style=config.style,
         mlp=config.mlp,
-        init=config.init if isinstance(config.init, str) else "zeros",
+        init=config.init if isinstance(config.init, str) else "random",
         log_bias=config.log_bias,
         dropped=dropped,
         dtype=torch.float64 if like.dtype == torch.float64 else torch.float32,
