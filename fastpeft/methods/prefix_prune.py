@@ -43,7 +43,7 @@ def prune_prefix(model: nn.Module, budget: int, data: Iterable[Mapping[str, Any]
         log_bias=True,
         position_start=adapter.selection.starts[adapter.name],
         mlp=None,
-        init="zeros",
+        init="random",
         gates_from=None,
     )
     adapter.replace(config, prefixes)
@@ -64,7 +64,6 @@ def _pruned(old: PrefixAttention, kept: list[int]) -> PrefixAttention:
         hidden_size=old.token_gate.shape[1] if hasattr(old, "token_gate") else None,
         gates=old.gates,
         style=old.style,
-        init="zeros",
         log_bias=True,
         dropped=dropped,
         dtype=keys.dtype,
@@ -73,7 +72,7 @@ def _pruned(old: PrefixAttention, kept: list[int]) -> PrefixAttention:
     bias: Any = torch.zeros_like(keys[0, :, 0]) if old.log_bias is None else old.log_bias
     gone = torch.ones_like(bias, dtype=torch.bool)
     gone[places] = False
-    new.prefix_k[:, :n], new.prefix_v[:, :n] = keys[:, places], values[:, places]
+    new.prefix_k.zero_()[:, :n], new.prefix_v.zero_()[:, :n] = keys[:, places], values[:, places]
     new.log_bias.copy_(torch.cat([bias[places], bias[gone].logsumexp(0, keepdim=True)])[: new.length])
     if hasattr(old, "token_gate"):
         new.token_gate.zero_()[:n] = old.token_gate[places]
