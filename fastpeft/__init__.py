@@ -22,17 +22,21 @@ from .weight4bit import Weight4bit
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+    from typing import Any
 
     import torch
 
     from .interop.report import Report
     from .methods.files import Saved
     from .methods.lora import LoraConfig
+    from .methods.prefix import PrefixConfig
+    from .methods.prefix_report import PrefixReport
 
 __version__ = "0.1.0"
 __all__ = [
     "LoraConfig",
+    "PrefixConfig",
     "Weight4bit",
     "activate",
     "apply",
@@ -43,6 +47,8 @@ __all__ = [
     "nn",
     "ops",
     "plan",
+    "prefix_report",
+    "prune_prefix",
     "quantize",
     "revert",
     "save_adapter",
@@ -53,7 +59,7 @@ warn_if_ignored()
 
 
 def apply(model: torch.nn.Module) -> Report:
-    """Put the LoRA layers of a Hugging Face PEFT model on fastpeft's kernels, in place.
+    """Put the LoRA layers of a Hugging Face PEFT model, or its prefix tuning, on fastpeft's kernels, in place.
 
     Parameters, their names, `state_dict` keys and optimizers stay valid. A layer that has no fast path runs PEFT's own
     code, and the report says why. Calling it again is harmless. Use it before `fully_shard` (FSDP2).
@@ -61,6 +67,9 @@ def apply(model: torch.nn.Module) -> Report:
     QLoRA: a bitsandbytes base becomes a `fastpeft.nn.Linear4bit` with the same bytes, state_dict keys and values, and its
     frozen weight a new Parameter; `revert` and PEFT's `unload` give a bitsandbytes layer back. Merging into 4 bits rounds
     (`base_layer.merge_error`), and unmerging restores the original bits.
+
+    Prefix tuning: the attention layers read the prompt where PEFT has it, so that gradient checkpointing, static caches and
+    classifiers work.
 
     Raises:
         ValueError: the model holds no PEFT layer; it is left untouched.
@@ -119,7 +128,7 @@ def quantize(
     return quantize_model(model, quant_type, blocksize=blocksize, double_quant=double_quant, skip=skip, tile=tile)
 
 
-def attach(model: torch.nn.Module, config: LoraConfig, name: str = "default") -> None:
+def attach(model: torch.nn.Module, config: LoraConfig | PrefixConfig, name: str = "default") -> None:
     """Put an adapter on a plain model, in place, and train it alone: the base is frozen. It is active afterwards.
 
     The task head (a child of the model whose name ends with "classifier", "score" or "qa_outputs", as PEFT finds it) and
@@ -128,7 +137,7 @@ def attach(model: torch.nn.Module, config: LoraConfig, name: str = "default") ->
 
     Args:
         model: any module without PEFT's wrappers; transformers need not be there.
-        config: `fp.LoraConfig`.
+        config: `fp.LoraConfig`, or `fp.PrefixConfig` for a model of transformers.
         name: without dots; several adapters may be attached, one of them active.
 
     Raises:
@@ -206,9 +215,60 @@ def load_adapter(
     load(model, folder, name, check_base=check_base, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
 
 
+def prefix_report(model: torch.nn.Module, data: Iterable[Mapping[str, Any]], name: str | None = None) -> PrefixReport:
+    """Average the gates of an attached prefix (APT's λ·α) over data: which layers and tokens it uses.
+
+    Args:
+        data: batches of keywords, `model(**batch)`, of whole rows; read once. Those with `labels` of a classification of
+            rows (int [B], logits [B, classes]) also split the rows by right and wrong predictions.
+        name: of the prefix; None: the only adapter.
+
+    The prefix runs alone, without dropout and gradients; what was active, trained and in training mode is so again after.
+
+    Returns:
+        `str()` is a table, `.weights` [layers, P], `.plot(path)` a heat map, `.lengths(budget)` the lengths of a shorter
+        prefix to be trained anew, `.rank_correlation(other)` how far two agree.
+
+    Raises:
+        ValueError: no such adapter, one without gates, or no data. TypeError: a batch that is no dict.
+    """
+    from .methods.prefix_report import prefix_report as report_on
+
+    return report_on(model, data, name)
+
+
+def prune_prefix(
+    model: torch.nn.Module, budget: int, data: Iterable[Mapping[str, Any]], name: str | None = None
+) -> PrefixReport:
+    """Keep the `budget` tokens of an attached prefix, in all layers together, whose gates are largest on average over data.
+
+    In place; an optimizer must be made anew. What a layer lost leaves one token of zero key and value behind, with a
+    log-bias, that takes its share of the softmax: it is not trained and not counted. Positions start where they did. Both
+    stand in the adapter's file. The output changes by no more than the dropped gates give (`methods/prefix_prune.py`). A
+    prefix that is trained anew at `report.lengths(budget)` needs neither.
+
+    Args:
+        data, name: as for `prefix_report`.
+
+    Returns:
+        the report by which it chose.
+
+    Raises:
+        ValueError, TypeError: as `prefix_report`, or a budget out of range. RuntimeError: the model was sharded by FSDP2. The
+        prefix is left untouched.
+    """
+    from .methods.prefix_prune import prune_prefix as prune
+
+    return prune(model, budget, data, name)
+
+
 def __getattr__(name: str) -> object:  # configs, on first use: what they belong to is not loaded with the package
     if name == "LoraConfig":
         from .methods.lora import LoraConfig
 
         return LoraConfig
+    if name == "PrefixConfig":
+        from .methods.prefix import PrefixConfig
+
+        return PrefixConfig
     raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")

@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import Any
 
 from ..adapter_files import AdapterFileError
-from . import lora
+from . import lora, prefix
 
-METHODS: dict[str, ModuleType] = {"lora": lora}
-_PEFT = {"LORA": "lora"}  # PEFT's `peft_type`
+METHODS: dict[str, ModuleType] = {"lora": lora, "prefix": prefix}
+_PEFT = {"LORA": "lora", "PREFIX_TUNING": "prefix"}  # PEFT's `peft_type`
 
 
 def of_file(config: dict[str, Any]) -> ModuleType:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.prefix_attention import Prefixes
+
 
 class Adapter(ABC):
     """One adapter of one method on one model. A plain object, no module: deepcopy and pickle keep it with its model.
@@ -76,7 +78,7 @@ class TaskHead(Site):
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) as `named_modules` of the base alone: a Site has the place and the children of its base."""
+    """(name, module) as `named_modules` of the base alone: a Site has the place and the children of its base; no prefixes."""
     return _walk(model, "", set())
 
 
@@ -85,7 +87,7 @@ def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, n
         seen.add(id(module))
         yield name, module
         for key, child in original(module)._modules.items():
-            if child is not None:
+            if child is not None and not isinstance(child, Prefixes):
                 yield from _walk(child, f"{name}.{key}" if name else key, seen)
 
 

@@ -2,5 +2,6 @@
 
 from .linear4bit import Linear4bit
 from .lora_linear import LoraLinear
+from .prefix_attention import PrefixAttention
 
-__all__ = ["Linear4bit", "LoraLinear"]
+__all__ = ["Linear4bit", "LoraLinear", "PrefixAttention"]
