@@ -501,7 +501,10 @@ def test_what_would_touch_foreign_memory_is_refused():
         ({"q": torch.randn(B, H, T, 257)}, "q must be .*D up to 256"),
         ({"q": torch.randn(B, H, D, T).mT}, "q must be"),
         ({"q": torch.randn(H, T, D)}, "q must be"),
-        ({"prefix_k": torch.randn(1, 3, P, D), "prefix_v": torch.randn(1, 3, P, D)}, "prefix_k must be .*divides H = 4"),
+        (
+            {"prefix_k": torch.randn(1, 3, P, D), "prefix_v": torch.randn(1, 3, P, D)},
+            "prefix_k must be .*divides H = 4",
+        ),
         ({"prefix_k": torch.randn(1, Hk, P, D + 1)}, "prefix_k must be"),
         ({"prefix_v": torch.randn(1, Hk, P + 1, D)}, "prefix_v must be of prefix_k's shape"),
         ({"prefix_k": torch.randn(3, Hk, P, D), "prefix_v": torch.randn(3, Hk, P, D)}, "index must be"),
