@@ -66,8 +66,8 @@ struct Attend {
   HeadRows q, o;    // o: of what was seen already, changed in place
   HeadRows before;  // o of what was seen already, where o is only written; else absent
   HeadNumbers lse;
-  bool separate;    // lse is only written
-  bool fresh;       // o and lse are only written: nothing was seen
+  bool separate;  // lse is only written
+  bool fresh;     // o and lse are only written: nothing was seen
   Segment segment;
   Way way;
 };

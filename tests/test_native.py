@@ -477,10 +477,13 @@ def test_set_isa_names_the_choices():
         native.set_isa("mmx")
 
 
-def objects() -> dict[str, Path]:
+OPS = ("lora_linear", "linear4bit", "prefix_attention")
+
+
+def objects(op: str = OPS[0]) -> dict[str, Path]:
     """The object file of each level that the last build here left behind, by level."""
     found = {}
-    for path in (Path(__file__).parent.parent / "build").rglob("lora_linear.cpp.*.o"):
+    for path in (Path(__file__).parent.parent / "build").rglob(f"{op}.cpp.*.o"):
         level = path.stem.rpartition(".")[2]
         if level not in found or path.stat().st_mtime > found[level].stat().st_mtime:
             found[level] = path
@@ -489,12 +492,13 @@ def objects() -> dict[str, Path]:
 
 @pytest.mark.skipif(not objects(), reason="the build left no object files here (a wheel, or built elsewhere)")
 @pytest.mark.skipif(shutil.which("objdump") is None or shutil.which("nm") is None, reason="no binutils")
-def test_no_instruction_set_leaks_into_another_object():
-    for level, path in objects().items():
+@pytest.mark.parametrize("op", OPS)
+def test_no_instruction_set_leaks_into_another_object(op):
+    for level, path in objects(op).items():
         code = subprocess.run(["objdump", "-d", path], capture_output=True, text=True, check=True).stdout
         registers = {name for name in ("zmm", "ymm") if f"%{name}" in code}
         allowed = {"scalar": set(), "avx2": {"ymm"}}.get(level, {"zmm", "ymm"})
         assert registers <= allowed, f"{level} uses {registers}"
         names = subprocess.run(["nm", "-g", "--defined-only", path], capture_output=True, text=True, check=True).stdout
         exported = {line.split()[-1] for line in names.splitlines() if line}
-        assert exported == {f"lora_linear_{level}"}, f"{level} exports more than its table: the linker could merge it"
+        assert exported == {f"{op}_{level}"}, f"{level} exports more than its table: the linker could merge it"

@@ -100,14 +100,17 @@ PLAIN = [
     Case((2, 4, 2, 9, 0, 8)),
     Case((5, 8, 2, 1, 33, 32), "bp", "bhp"),
     Case((9, 2, 1, 9, 12, 40), "", "1", masters=False),
+    Case((1, 3, 1, 2, 70, 33), "p", "htp", "shared"),
 ]
 ROUTED = [
     Case((5, 4, 2, 6, 20, 16), "bp", "bp", "each", index=(2, -1, 0, 2, 2), lengths=(7, 0, 20)),
     Case((3, 2, 1, 70, 9, 64), "tp", "", "shared", index=(1, 1, -1), lengths=(9, 4)),
     Case((4, 4, 2, 3, 70, 8), "btp", "bp", "shared", index=(1, 0, 2, -1), lengths=(66, 1, 70), flat=True),
+    Case((5, 4, 2, 1, 20, 16), "bp", "bp", "each", index=(2, -1, 0, 2, 2), lengths=(7, 0, 20), masters=False),
     Case((2, 3, 3, 65, 64, 20), "", "", "", index=(0, 1), lengths=(64, 30), flat=True),
 ]
 SEPARATE = [
+    Case((3, 4, 2, 1, 70, 24), "p", "", "each", True, "each", index=(1, -1, 0), lengths=(70, 66)),
     Case((2, 4, 2, 7, 3, 8), "bp", "bp", "shared", True, "shared"),
     Case((3, 4, 2, 66, 130, 64), "btp", "bhp", "", True, ""),
     Case((3, 4, 2, 66, 10, 64), "", "", "", True, "shared"),
@@ -498,7 +501,10 @@ def test_what_would_touch_foreign_memory_is_refused():
         ({"q": torch.randn(B, H, T, 257)}, "q must be .*D up to 256"),
         ({"q": torch.randn(B, H, D, T).mT}, "q must be"),
         ({"q": torch.randn(H, T, D)}, "q must be"),
-        ({"prefix_k": torch.randn(1, 3, P, D), "prefix_v": torch.randn(1, 3, P, D)}, "prefix_k must be .*divides H = 4"),
+        (
+            {"prefix_k": torch.randn(1, 3, P, D), "prefix_v": torch.randn(1, 3, P, D)},
+            "prefix_k must be .*divides H = 4",
+        ),
         ({"prefix_k": torch.randn(1, Hk, P, D + 1)}, "prefix_k must be"),
         ({"prefix_v": torch.randn(1, Hk, P + 1, D)}, "prefix_v must be of prefix_k's shape"),
         ({"prefix_k": torch.randn(3, Hk, P, D), "prefix_v": torch.randn(3, Hk, P, D)}, "index must be"),

@@ -144,7 +144,7 @@ struct Attending {
       });
     if (a < 0 || (N == 0 && !d.fresh)) return nothing(b, a);
     const int64_t panels = blocks(seen, KEYS);
-    const bool few = !keys.stay && b.rows() <= FEW_ROWS && s.k.dtype == d.dtype && s.v.dtype == d.dtype;
+    const bool few = !keys.stay && b.rows() <= FEW_ROWS && s.k.dtype == s.v.dtype;
     const bool direct = panels == 1 && b.one_run() && d.D % W == 0 && !d.fresh && !few;  // straight into o
     begin(b, a, direct);
     if (few)
@@ -152,17 +152,20 @@ struct Attending {
     else
       rows_along<T>(q, d.q, b, size);
     keys.choose(a, hk);
+    auto lines = lines_of<T>(d.o, b, d.D, direct);
     for (int64_t i = 0; i < panels; ++i) {
       const Panel panel{i * KEYS, (int)smaller(KEYS, seen - i * KEYS)};
       const Factors f{planes[0].read(s.gate_k, b, a, panel), planes[1].read(s.gate_v, b, a, panel),
                       read_bias(planes[2].tile, s, b, a, panel, d.T, N), mask.read(planes[3].tile, b, d.H, d.T, panel),
                       s.scale};
       if (few) {
-        merge_few(b, panel, f);
+        if (s.k.dtype == FLOAT32) merge_few<float>(b, panel, f);
+        if (s.k.dtype == BFLOAT16) merge_few<bf16>(b, panel, f);
+        if (s.k.dtype == FLOAT16) merge_few<f16>(b, panel, f);
         continue;
       }
       keys.lay_out(i, N);
-      scores(s_tile, keys.k_along(i), q, panel.n, size.depth, b.lanes());
+      scores(s_tile, keys.k_along(i), q, panel.n, size.depth, b.lanes(), lines);
       weigh(s_tile, p, panel.n, b.lanes(), f, row.lse, row.kept, row.added);
       if (!direct) {
         merge(o_tile, tile_ld, b, i, panel);
@@ -222,17 +225,18 @@ struct Attending {
     });
   }
 
+  template <class Key>
   void merge_few(const Block& b, Panel panel, const Factors& f) {
     alignas(64) float by_row[W * KEYS], sums[FEW_ROWS * MAX_HEAD_DIM];
     const int64_t wide = size.wide;
     const int rows = b.rows();
     const Matrix k = keys_of(s.k, s, keys.a, keys.hk), v = keys_of(s.v, s, keys.a, keys.hk);
-    dot_rows(by_row, KEYS, (const T*)k.data + panel.n0 * k.ld, k.ld, panel.n, (const float*)q, wide, rows, d.D, nullptr,
-             0, nullptr, 0);
+    dot_rows(by_row, KEYS, (const Key*)k.data + panel.n0 * k.ld, k.ld, panel.n, (const float*)q, wide, rows, d.D,
+             nullptr, 0, nullptr, 0);
     transpose(s_tile, LD, by_row, KEYS, rows, panel.n);
     weigh(s_tile, s_tile, panel.n, b.lanes(), f, row.lse, row.kept, row.added);
     transpose(by_row, KEYS, s_tile, LD, panel.n, rows);
-    columns(sums, wide, (const T*)v.data + panel.n0 * v.ld, v.ld, d.D, by_row, KEYS, rows, panel.n);
+    columns(sums, wide, (const Key*)v.data + panel.n0 * v.ld, v.ld, d.D, by_row, KEYS, rows, panel.n);
     const Merge merged{row.kept, row.added};
     for (int lane = 0; lane < rows; ++lane)
       for (int64_t j = 0; j < wide; j += W) {
@@ -259,7 +263,7 @@ int attend(const Attend& d) {
   const int64_t G = d.H / s.Hk;
   const Cut cut(d.B, d.T, G, !s.index && !s.by_row);
   const int64_t batches = blocks(d.B, cut.bn), units = s.Hk * batches * cut.row_blocks;
-  const bool stay = (s.by_row ? 1 : batches) * cut.row_blocks * blocks(G, cut.hn) > 1;
+  const bool stay = (s.by_row || s.index ? 1 : batches) * cut.row_blocks * blocks(G, cut.hn) > 1;
   const int threads = d.way.team(2.0 * d.B * d.H * d.T * d.D * s.N);
   const int64_t of_thread = Attending<T, E>::needs(d, stay);
   Workspace work;
@@ -403,10 +407,11 @@ struct Differentiating {
   }
 
   // the scores of panel i and dP, and what they are multiplied with
-  Factors read(const Block& b, int64_t a, int64_t N, int64_t i, Panel panel) {
+  Factors read(const Block& b, int64_t a, int64_t N, int64_t i, Panel panel, NextLines<T>& lines) {
+    NoTile none;
     keys.lay_out(i, N);
-    scores(s_tile, keys.k_along(i), q, panel.n, size.depth, b.lanes());
-    scores(dp_tile, keys.v_along(i), grad_o, panel.n, size.depth, b.lanes());
+    scores(s_tile, keys.k_along(i), q, panel.n, size.depth, b.lanes(), lines);
+    scores(dp_tile, keys.v_along(i), grad_o, panel.n, size.depth, b.lanes(), none);
     return {planes[0].read(s.gate_k, b, a, panel), planes[1].read(s.gate_v, b, a, panel),
             read_bias(planes[2].tile, s, b, a, panel, d.T, N), mask.read(planes[3].tile, b, d.H, d.T, panel), s.scale};
   }
@@ -423,11 +428,12 @@ struct Differentiating {
       if (wants_keys) rows_across<T>(q_across, d.q, b, size), rows_across<T>(grad_o_across, d.grad_o, b, size);
       read_rows(b, a);
     }
+    auto lines = lines_of<T>(d.grad_q, b, D, direct && !d.fresh);
     Factors f{};
     if (d.separate) {
       alignas(64) float total[LANES] = {};
       for (int64_t i = 0; i < panels; ++i) {
-        f = read(b, a, N, i, panel_of(i));
+        f = read(b, a, N, i, panel_of(i), lines);
         add_delta(total, s_tile, dp_tile, panel_of(i).n, b.lanes(), f, row);
       }
       for (int i = 0; i < LANES; ++i) row.delta[i] = row.gate[i] * total[i];
@@ -440,7 +446,7 @@ struct Differentiating {
     const int vecs = (int)(size.wide / W);
     for (int64_t i = 0; i < panels; ++i) {
       const Panel panel = panel_of(i);
-      if (!d.separate || panels > 1) f = read(b, a, N, i, panel);
+      if (!d.separate || panels > 1) f = read(b, a, N, i, panel, lines);
       const bool next_head = panels == 1 && !first, more_heads = panels == 1 && !last;
       tiles.gate_k = grads.gate_k.begin(sums[0], b, panel, next_head);
       tiles.gate_v = grads.gate_v.begin(sums[1], b, panel, next_head);
@@ -498,6 +504,19 @@ struct Differentiating {
   }
 };
 
+// How many blocks of keys some row sees, and which.
+int64_t used_blocks(const Segment& s, int64_t B, int32_t* used = nullptr) {
+  int64_t count = 0;
+  for (int64_t b = 0; b < (s.index || s.by_row ? B : smaller(B, 1)); ++b) {
+    const int64_t a = block_of(s, b);
+    bool is_new = a >= 0;
+    for (int64_t earlier = 0; s.index && is_new && earlier < b; ++earlier) is_new = block_of(s, earlier) != a;
+    if (is_new && used) used[count] = (int32_t)a;
+    count += is_new;
+  }
+  return count;
+}
+
 // How the threads share the sums over rows: a cell is one used (a, hk), or of few of them one of `parts` ranges of its
 // rows. Of the ways to cut, the one with the least work for the busiest thread.
 int parts_of(int64_t groups, int threads) {
@@ -510,7 +529,7 @@ int parts_of(int64_t groups, int threads) {
   return best;
 }
 
-// the rows of a gradient of keys from slot `sum` and those that follow, [N, wide] each; keys behind N as 0
+// row n of a gradient of keys: the sum of `parts` slots [N, wide], `stride` apart
 void write_keys(const HeadKeys& to, const Segment& s, int64_t a, int64_t hk, float* sum, int64_t n, int64_t parts,
                 int64_t stride, int64_t D, int64_t wide) {
   const Matrix rows = keys_of(to, s, a, hk);
@@ -578,24 +597,17 @@ int grad(const GradAttend& d) {
                    {s.gate_out, d.grad_gate_out, d, cut.row_blocks}};
   PlaneGrad* const all[] = {&grads.gate_k, &grads.gate_v, &grads.bias, &grads.gate_out};
 
-  int64_t used_count = 0;
-  Workspace lists;
-  if (!lists.allocate(2 * Workspace::size(s.A))) return OUT_OF_MEMORY;
-  int32_t *used = lists.take<int32_t>(s.A), *rows_of = lists.take<int32_t>(s.A);  // blocks of keys, batch rows of each
-  memset(rows_of, 0, sizeof(int32_t) * s.A);
-  for (int64_t b = 0; b < d.B; ++b)
-    if (block_of(s, b) >= 0) ++rows_of[block_of(s, b)];
-  for (int64_t a = 0; a < s.A; ++a)
-    if (rows_of[a]) used[used_count++] = (int32_t)a;
-  const int64_t parts = parts_of(used_count * s.Hk, threads), cells = used_count * s.Hk * parts;
-  const int64_t slots = !wants_keys ? 0 : parts > 1 ? cells : threads, of_thread = Differentiating<T, E>::needs(d);
-
-  int64_t stages = 0;
-  for (const PlaneGrad* g : all) stages += g->is_whole() ? 0 : Workspace::size(g->size());
+  const int64_t used_count = used_blocks(s, d.B), parts = parts_of(used_count * s.Hk, threads);
+  const int64_t cells = used_count * s.Hk * parts, slots = !wants_keys ? 0 : parts > 1 ? cells : threads;
+  const int64_t of_thread = Differentiating<T, E>::needs(d);
+  int64_t needs = threads * of_thread + slots * 2 * slot_size + Workspace::size(used_count);
+  for (const PlaneGrad* g : all) needs += g->is_whole() ? 0 : Workspace::size(g->size());
   Workspace work;
-  if (!work.allocate(threads * of_thread + slots * 2 * slot_size + stages)) return OUT_OF_MEMORY;
+  if (!work.allocate(needs)) return OUT_OF_MEMORY;
   float* base = work.take(threads * of_thread);
   float *slots_k = work.take(slots * slot_size), *slots_v = work.take(slots * slot_size);
+  int32_t* used = work.take<int32_t>(used_count);
+  used_blocks(s, d.B, used);
   for (PlaneGrad* g : all) {
     g->stage = g->is_whole() ? g->out : work.take(g->size());
     if (g->size()) memset(g->stage, 0, sizeof(float) * g->size());
@@ -618,8 +630,10 @@ int grad(const GradAttend& d) {
       const int64_t slot = parts > 1 ? cell : omp_get_thread_num();
       if (d.grad_k.data) memset(slots_k + slot * slot_size, 0, sizeof(float) * N * wide);
       if (d.grad_v.data) memset(slots_v + slot * slot_size, 0, sizeof(float) * N * wide);
-      const Part part(rows_of[a] * cut.row_blocks, parts, cell % parts);
-      int64_t first = 0;  // of batch row b, among the blocks of rows that see a
+      int64_t rows = 0;  // blocks of rows that see a
+      for (int64_t b = 0; b < d.B; ++b) rows += block_of(s, b) == a ? cut.row_blocks : 0;
+      const Part part(rows, parts, cell % parts);
+      int64_t first = 0;  // of batch row b, among those
       for (int64_t b = 0; b < d.B && first < part.end; ++b) {
         if (block_of(s, b) != a) continue;
         for (int64_t i = 0; i < cut.row_blocks; ++i) {

@@ -67,9 +67,16 @@ struct Arena {
   }
 };
 
+// row t of head h of batch row b
 template <class T>
 T* row_at(const HeadRows& r, int64_t b, int64_t h, int64_t t) {
   return (T*)r.data + b * r.b + h * r.h + t * r.t;
+}
+
+// Prefetches a block's rows of a result that a product goes straight into: none where it does not.
+template <class T>
+NextLines<T> lines_of(const HeadRows& r, const Block& b, int64_t D, bool direct) {
+  return {row_at<T>(r, b.b, b.h, b.t), r.t, {0, 0, direct ? (int)b.tn : 0, (int)D}};
 }
 
 // out[d / TERMS, lane] = the elements along the rows of a block, [depth, LD], zeros in lanes behind them
@@ -156,15 +163,14 @@ struct Operands {
 };
 
 // C[i, lane] = Σ_j L[j, i] · B[j, lane], i < I, j < depth: scores of a panel and a block
-template <class E>
-void scores(float* c, const E* l, const E* b, int I, int64_t depth, int lanes) {
-  NoTile none;
+template <class E, class Next>
+void scores(float* c, const E* l, const E* b, int I, int64_t depth, int lanes, Next& next) {
   for (int64_t j = 0; j < depth; j += MAX_SUM) {
     const int64_t n = smaller(MAX_SUM, depth - j);
     if (j == 0)
-      tile_gemm<1, LD>(c, LD, l, b, LD, I, n, lanes / W, none, Replace{});
+      tile_gemm<1, LD>(c, LD, l, b, LD, I, n, lanes / W, next, Replace{});
     else
-      tile_gemm<1, LD>(c, LD, l + j * LD, b + j * LD, LD, I, n, lanes / W, none);
+      tile_gemm<1, LD>(c, LD, l + j * LD, b + j * LD, LD, I, n, lanes / W, next);
   }
 }
 
