@@ -27,6 +27,7 @@ import torch
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 turns it off unless told
 
 TARGETS = {80: (108, 166912), 90: (132, 232448)}  # compute capability: multiprocessors, shared memory a program may use
+OF_SMALL = 101376  # shared memory of a program on sm_86, sm_89, sm_120
 CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 TABLE = Path(__file__).with_name("COMPILED.md")
 SIZES = ("M", "C", "K", "J", "N", "R", "B", "H", "T", "S", "A", "P", "GROUP", "TOTAL", "PROGRAMS", "SIZE", "BYTES")
@@ -281,6 +282,8 @@ def broken(found: Iterable[Compiled]) -> list[str]:
     said = []
     for c in found:
         limit = TARGETS[int(c.target[3:5])][1]
+        if c.target == "sm_80" and c.kernel.startswith("prefix_attention"):
+            limit = OF_SMALL  # its blocks there are those of every machine but the largest
         if c.shared > limit:
             said.append(f"{c.kernel} {c.config}, {c.target}: {c.shared} bytes of shared memory, {limit} are there")
         if c.spills and c.target == "sm_90a":
