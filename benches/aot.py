@@ -27,6 +27,7 @@ import torch
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 turns it off unless told
 
 TARGETS = {80: (108, 166912), 90: (132, 232448)}  # compute capability: multiprocessors, shared memory a program may use
+OF_SMALL = 101376  # shared memory of a program on sm_86, sm_89, sm_120
 CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 TABLE = Path(__file__).with_name("COMPILED.md")
 SIZES = ("M", "C", "K", "J", "N", "R", "B", "H", "T", "S", "A", "P", "GROUP", "TOTAL", "PROGRAMS", "SIZE", "BYTES")
@@ -211,17 +212,15 @@ def packed(launchers: Any, m: int, n: int, k: int, dtype: torch.dtype, nested: b
 
 
 def prefix_attention() -> None:
-    """The whole op: element sizes and the three widths of D, joint and separate, every mask, dropout, one adapter a row."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for d in (64, 128, 256):
-            attention(dtype, d)
-            attention(dtype, d, causal=True, gates=True)
+    """The whole op: element sizes and the three widths of D, joint and separate, masks, dropout, an adapter a row, decoding."""
+    for d in (64, 128, 256):
+        attention(torch.bfloat16, d)
+        attention(torch.bfloat16, d, causal=True, gates=True)
+        attention(torch.float32, d, causal=True, gates=True)
     for d in (64, 128):
-        attention(torch.bfloat16, d, separate=True, gates=True)
-        attention(torch.bfloat16, d, masked="keys", indexed=True)
-        attention(torch.bfloat16, d, masked="additive")
-        attention(torch.bfloat16, d, causal=True, p=0.1)
-    attention(torch.bfloat16, 80)
+        attention(torch.bfloat16, d, separate=True, gates=True, masked="keys", indexed=True)
+        attention(torch.bfloat16, d, masked="additive", p=0.1)
+        attention(torch.float16, d, gates=True)
     attention(torch.bfloat16, 128, t=1)
 
 
@@ -283,6 +282,8 @@ def broken(found: Iterable[Compiled]) -> list[str]:
     said = []
     for c in found:
         limit = TARGETS[int(c.target[3:5])][1]
+        if c.target == "sm_80" and c.kernel.startswith("prefix_attention"):
+            limit = OF_SMALL  # its blocks there are those of every machine but the largest
         if c.shared > limit:
             said.append(f"{c.kernel} {c.config}, {c.target}: {c.shared} bytes of shared memory, {limit} are there")
         if c.spills and c.target == "sm_90a":

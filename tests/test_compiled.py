@@ -15,6 +15,7 @@ import pytest
 from benches import aot
 
 ROOT = Path(__file__).resolve().parent.parent
+STEMS = ("lora_linear", "linear4bit", "prefix_attention")  # with Triton kernels
 
 
 def test_the_table_keeps_the_bounds_and_misses_no_kernel():
@@ -22,7 +23,7 @@ def test_the_table_keeps_the_bounds_and_misses_no_kernel():
     assert not aot.broken(rows)
     for target in ("sm_80", "sm_90a"):
         names = {row.kernel for row in rows if row.target == target}
-        sources = [ROOT / "kernels" / "fastpeft_kernels" / f"{stem}.py" for stem in ("lora_linear", "linear4bit")]
+        sources = [ROOT / "kernels" / "fastpeft_kernels" / f"{stem}.py" for stem in STEMS]
         triton = [text for source in sources for text in source.read_text().split("def ")[1:]]
         cuda = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
         wanted = {text.split("(")[0] for text in triton if text.split("(")[0].endswith("_kernel")}
@@ -44,6 +45,8 @@ def test_bounds_bind():
     assert "spilled" in aot.broken([replace(gemm, spills=8)])[0]
     assert "shared memory" in aot.broken([replace(gemm, shared=300_000)])[0]
     assert "0 wgmma" in aot.broken([replace(gemm, counts=(0, 4, 6, 0))])[0]
+    anywhere = replace(gemm, kernel="prefix_attention_kernel", config="", target="sm_80", shared=110_000)
+    assert "101376 are there" in aot.broken([anywhere])[0]
 
 
 def test_a_weight_is_decoded_while_another_program_multiplies():

@@ -11,7 +11,8 @@
 Shapes: q, o, do [B, H, T, D]; k, v [B, Hk, S, D]; pk, pv [A, Hk, P, D], or flat [Hk, ΣP, D]; gates [B, H, T, P] by strides of
 0 where they broadcast; β [A or 1, H, P] or [1, H, ΣP]; c [A or 1, H]; lse, Δ [B, H, T], fp32. `prefix` is the tuple of pk, pv,
 Gk, Gv, β, c, index, lengths and offsets, `prefix_strides` that of the first six's. t, n and j number queries, tokens and a
-row's own prefix positions; helpers take them as [BLOCK, 1] and [1, BLOCK] either way round. Exponents are in base 2.
+row's own prefix positions; helpers take them as [BLOCK, 1] and [1, BLOCK] either way round. Exponents
+are in UNIT, log2(e) for base 2, which saves a product a weight; 1 for fp32, whose lse would lose 3 eps to base 2 and back.
 Weights and dS are rounded to q's dtype before a product, sums are fp32. Sums over programs go through partial results, added
 up in order, so that they are the same in every run.
 """
@@ -24,7 +25,6 @@ import triton.language as tl
 from ._philox import keep, keep_at
 from .lora_linear import rounded, widened
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -52,7 +52,9 @@ def store_rows(ptr, value, rows, stride, limit, D: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def token_scores(s, t, n, mask_ptr, mask_strides, b, h, T, S, CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr):
+def token_scores(
+    s, t, n, mask_ptr, mask_strides, b, h, T, S, CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
     """s with the mask added, -inf where query t does not see token n. The last query sees the last token."""
     seen = n < S
     if CAUSAL:
@@ -66,7 +68,11 @@ def token_scores(s, t, n, mask_ptr, mask_strides, b, h, T, S, CAUSAL: tl.constex
         if mask.dtype == tl.uint8:
             seen = seen & (mask != 0)
         else:
-            s += mask.to(tl.float32) * LOG2E  # the least float32 becomes -inf here: a row of it sees nothing
+            mask = mask.to(tl.float32)
+            s += mask * UNIT
+            seen = seen & (
+                mask > -3.3e38
+            )  # the least bfloat16 and float32 are meant as -inf: a row of them sees nothing
     return tl.where(seen, s, float("-inf"))
 
 
@@ -106,12 +112,12 @@ def gate(ptr, strides, b, h, t, j, inside):
 
 
 @triton.jit
-def prefix_scores(s, gate_k, log_bias_ptr, strides, a, start, h, j, inside):
-    """s^p in base 2 of s = scale·log2(e)·q·pkᵀ; -inf outside"""
+def prefix_scores(s, gate_k, log_bias_ptr, strides, a, start, h, j, inside, UNIT: tl.constexpr):
+    """s^p of s = scale·q·pkᵀ, both in UNIT; -inf outside"""
     s = s * gate_k
     if log_bias_ptr is not None:
         at = a * strides[0] + h * strides[1] + (start + j) * strides[2]
-        s += tl.load(log_bias_ptr + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        s += tl.load(log_bias_ptr + at, mask=inside, other=0.0).to(tl.float32) * UNIT
     return tl.where(inside, s, float("-inf"))
 
 
@@ -125,11 +131,22 @@ def gate_out(prefix, strides, a, h):
 
 
 @triton.jit
-def online(s, top, total, acc):
+def power(x, UNIT: tl.constexpr):
+    return tl.exp(x) if UNIT == 1.0 else tl.exp2(x)
+
+
+@triton.jit
+def logarithm(top, total, UNIT: tl.constexpr):
+    """lse; -inf where nothing is seen"""
+    return top + tl.log(total) if UNIT == 1.0 else (top + tl.log2(total)) * LN2
+
+
+@triton.jit
+def online(s, top, total, acc, UNIT: tl.constexpr):
     """Weights of scores s [T, N] against the largest so far, and the largest, sum and products so far brought up to it"""
     new = tl.maximum(top, tl.max(s, 1))
     base = tl.where(new == float("-inf"), 0.0, new)
-    p, by = tl.exp2(s - base[:, None]), tl.exp2(top - base)
+    p, by = power(s - base[:, None], UNIT), power(top - base, UNIT)
     return p, new, total * by + tl.sum(p, 1), acc * by[:, None]
 
 
@@ -153,8 +170,8 @@ def token_range(tile, mask_ptr, T, S, CAUSAL: tl.constexpr, BLOCK_T: tl.constexp
 def attend_tokens(
     q, acc, top, total, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, mask_strides, seed, row, t, first, last, b, h, T, S,
     scale2, keep_threshold, keep_value, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
-    KEY_MASK: tl.constexpr, ALL_SEEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    KEY_MASK: tl.constexpr, ALL_SEEN: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """acc, top and total after tokens first..last - 1, a multiple of BLOCK_N where ALL_SEEN"""
     for n0 in range(first, last, BLOCK_N):
@@ -163,8 +180,8 @@ def attend_tokens(
         k = load_rows(k_ptr, n, k_stride, limit, D, BLOCK_D)
         s = tl.dot(q, k.T, input_precision=PRECISION) * scale2
         if not ALL_SEEN:
-            s = token_scores(s, t[:, None], n[None, :], mask_ptr, mask_strides, b, h, T, S, CAUSAL, KEY_MASK)
-        p, top, total, acc = online(s, top, total, acc)
+            s = token_scores(s, t[:, None], n[None, :], mask_ptr, mask_strides, b, h, T, S, CAUSAL, KEY_MASK, UNIT)
+        p, top, total, acc = online(s, top, total, acc, UNIT)
         if DROPOUT:
             p = tl.where(keep(seed, row + t, n0, 1, keep_threshold, BLOCK_T, BLOCK_N), p * keep_value, 0.0)
         v = load_rows(v_ptr, n, v_stride, limit, D, BLOCK_D)
@@ -177,11 +194,12 @@ def prefix_attention_kernel(
     q_ptr, k_ptr, v_ptr, prefix, mask_ptr, o_ptr, o_x_ptr, lse_ptr, lse_p_ptr, seed_ptr, keep_threshold, keep_value, scale,
     H, GROUP, T, S, A, P, TOTAL, q_strides, k_strides, v_strides, prefix_strides, mask_strides, o_strides, o_x_strides,
     CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, SEPARATE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """joint: o = Σ e^{s^p−lse} Gv·pv + Σ e^{s^x−lse} v; separate: o_x, lse of the tokens, lse_p, and o = o_x + c·o_p
 
-    Without k: joint starts from o and lse, separate from o_x. A row whose index is out of range is NaN, and nothing is read for it.
+    Without k: joint starts from o and lse, separate from o_x. A row whose index is out of range is NaN.
     """
     tiles = tl.cdiv(T, BLOCK_T)
     tile, bh = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
@@ -190,7 +208,7 @@ def prefix_attention_kernel(
     b, h = bh // H, bh % H
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    scale2 = scale * LOG2E
+    scale2 = scale * UNIT
     # [BLOCK_T, BLOCK_D]
     q = load_rows(q_ptr + b * q_strides[0] + h * q_strides[1], t, q_strides[2], T, D, BLOCK_D)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -207,23 +225,23 @@ def prefix_attention_kernel(
         if mask_ptr is None:
             acc, top, total = attend_tokens(
                 q, acc, top, total, k_ptr, v_ptr, k_strides[2], v_strides[2], None, mask_strides, seed, bh * T, t, 0, all_see,
-                b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, True, D, BLOCK_D,
+                b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, True, UNIT, D, BLOCK_D,
                 BLOCK_T, BLOCK_N,
             )  # fmt: skip
         acc, top, total = attend_tokens(
             q, acc, top, total, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, seed, bh * T, t, all_see,
-            last, b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, False, D, BLOCK_D,
+            last, b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, False, UNIT, D, BLOCK_D,
             BLOCK_T, BLOCK_N,
         )  # fmt: skip
         if SEPARATE:
             store_rows(o_x_ptr, divided(acc, total), t, o_x_strides[2], T, D, BLOCK_D)
-            tl.store(lse_ptr + bh * T + t, (top + tl.log2(total)) * LN2, mask=t < T)
+            tl.store(lse_ptr + bh * T + t, logarithm(top, total, UNIT), mask=t < T)
             acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
             top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
             total = tl.zeros((BLOCK_T,), tl.float32)
     elif not SEPARATE:
         acc = load_rows(o_ptr, t, o_strides[2], T, D, BLOCK_D).to(tl.float32)
-        top = tl.load(lse_ptr + bh * T + t, mask=t < T, other=0.0) * LOG2E
+        top = tl.load(lse_ptr + bh * T + t, mask=t < T, other=0.0) * UNIT
         total = tl.where(top == float("-inf"), 0.0, 1.0)
 
     a, start, length, bad = own_prefix(prefix, b, A, P, TOTAL)
@@ -236,8 +254,8 @@ def prefix_attention_kernel(
         pk = load_rows(pk_ptr, j, pk_strides[2], length, D, BLOCK_D).to(q.dtype)
         s = tl.dot(q, pk.T, input_precision=PRECISION) * scale2
         gate_k = gate(prefix[2], prefix_strides[2], b, h, t[:, None], j[None, :], inside)
-        s = prefix_scores(s, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :])
-        p, top, total, acc = online(s, top, total, acc)
+        s = prefix_scores(s, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :], UNIT)
+        p, top, total, acc = online(s, top, total, acc, UNIT)
         p = p * gate(prefix[3], prefix_strides[3], b, h, t[:, None], j[None, :], inside)
         if DROPOUT:
             p = tl.where(keep(seed, bh * T + t, j0, 0, keep_threshold, BLOCK_T, BLOCK_P), p * keep_value, 0.0)
@@ -250,21 +268,21 @@ def prefix_attention_kernel(
         acc = o_x.to(tl.float32) + gate_out(prefix, prefix_strides, a, h) * acc
         lse_ptr = lse_p_ptr
     store_rows(o_ptr, tl.where(bad, float("nan"), acc), t, o_strides[2], T, D, BLOCK_D)
-    tl.store(lse_ptr + bh * T + t, (top + tl.log2(total)) * LN2, mask=t < T)
+    tl.store(lse_ptr + bh * T + t, logarithm(top, total, UNIT), mask=t < T)
 
 
 @triton.jit
-def base2(lse_ptr, t, T):
-    """lse in base 2; +inf where a query sees nothing or is past the last: its weights 2^(s - lse) are zeros"""
+def load_lse(lse_ptr, t, T, UNIT: tl.constexpr):
+    """lse in UNIT; +inf where a query sees nothing or is past the last: its weights e^(s - lse) are zeros"""
     lse = tl.load(lse_ptr + t, mask=t < T, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    return tl.where(lse == float("-inf"), float("inf"), lse * UNIT)
 
 
 @triton.jit
 def prefix_attention_delta_kernel(
     q_ptr, prefix, o_ptr, do_ptr, lse_p_ptr, delta_ptr, delta_p_ptr, seed_ptr, keep_threshold, keep_value, scale,
     H, GROUP, T, A, P, TOTAL, q_strides, prefix_strides, o_strides, do_strides,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Δ = Σ_d do·o, of the tokens or of both; δ = Σ_j p_j Gv_j do·pv_j of a separate prefix. What is None is not wanted."""
@@ -280,7 +298,7 @@ def prefix_attention_delta_kernel(
     if delta_p_ptr is not None:
         seed = tl.load(seed_ptr) if DROPOUT else 0
         q = load_rows(q_ptr + b * q_strides[0] + h * q_strides[1], t, q_strides[2], T, D, BLOCK_D)
-        lse = base2(lse_p_ptr + bh * T, t, T)
+        lse = load_lse(lse_p_ptr + bh * T, t, T, UNIT)
         a, start, length, _ = own_prefix(prefix, b, A, P, TOTAL)
         pk_strides, pv_strides = prefix_strides[0], prefix_strides[1]
         pk_ptr = prefix_rows(prefix[0], pk_strides, a, h // GROUP, start)
@@ -290,10 +308,12 @@ def prefix_attention_delta_kernel(
             j = j0 + tl.arange(0, BLOCK_P)
             inside = (t < T)[:, None] & (j < length)[None, :]
             pk = load_rows(pk_ptr, j, pk_strides[2], length, D, BLOCK_D).to(q.dtype)
-            s = tl.dot(q, pk.T, input_precision=PRECISION) * (scale * LOG2E)
+            s = tl.dot(q, pk.T, input_precision=PRECISION) * (scale * UNIT)
             gate_k = gate(prefix[2], prefix_strides[2], b, h, t[:, None], j[None, :], inside)
-            s = prefix_scores(s, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :])
-            p = tl.exp2(s - lse[:, None]) * gate(prefix[3], prefix_strides[3], b, h, t[:, None], j[None, :], inside)
+            s = prefix_scores(
+                s, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :], UNIT
+            )
+            p = power(s - lse[:, None], UNIT) * gate(prefix[3], prefix_strides[3], b, h, t[:, None], j[None, :], inside)
             if DROPOUT:
                 kept = keep(seed, bh * T + t, j0, 0, keep_threshold, BLOCK_T, BLOCK_P)
                 p = tl.where(kept, p * keep_value, 0.0)
@@ -331,8 +351,8 @@ def store_gate_grad(ptr, total, t, bh, tile, tiles, T, ROWS: tl.constexpr, COLUM
 def grad_query_tokens(
     dq, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, mask_strides, seed, row, t, first, last, b, h, T, S,
     scale2, keep_threshold, keep_value, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
-    KEY_MASK: tl.constexpr, ALL_SEEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    KEY_MASK: tl.constexpr, ALL_SEEN: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq/scale after tokens first..last - 1, a multiple of BLOCK_N where ALL_SEEN"""
     for n0 in range(first, last, BLOCK_N):
@@ -341,13 +361,13 @@ def grad_query_tokens(
         k = load_rows(k_ptr, n, k_stride, limit, D, BLOCK_D)
         s = tl.dot(q, k.T, input_precision=PRECISION) * scale2
         if not ALL_SEEN:
-            s = token_scores(s, t[:, None], n[None, :], mask_ptr, mask_strides, b, h, T, S, CAUSAL, KEY_MASK)
+            s = token_scores(s, t[:, None], n[None, :], mask_ptr, mask_strides, b, h, T, S, CAUSAL, KEY_MASK, UNIT)
         v = load_rows(v_ptr, n, v_stride, limit, D, BLOCK_D)
         dp = tl.dot(do, v.T, input_precision=PRECISION)
         if DROPOUT:
             kept = keep(seed, row + t, n0, 1, keep_threshold, BLOCK_T, BLOCK_N)
             dp = tl.where(kept, dp * keep_value, 0.0)
-        ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
+        ds = power(s - lse[:, None], UNIT) * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -358,7 +378,7 @@ def prefix_attention_grad_query_kernel(
     seed_ptr, keep_threshold, keep_value, scale, H, GROUP, T, S, A, P, TOTAL, dgk_columns, dgv_columns,
     q_strides, k_strides, v_strides, prefix_strides, mask_strides, do_strides, dq_strides,
     GK_ROWS: tl.constexpr, GK_COLUMNS: tl.constexpr, GV_ROWS: tl.constexpr, GV_COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dq = scale·(Σ ds^x k + Σ ds^p Gk·pk);  dGk = scale·ds^p q·pkᵀ, dGv = c p^p do·pvᵀ, [B, H, T or tiles of T, P or 1]
@@ -372,13 +392,13 @@ def prefix_attention_grad_query_kernel(
     b, h = bh // H, bh % H
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    scale2 = scale * LOG2E
+    scale2 = scale * UNIT
     # [BLOCK_T, BLOCK_D]
     q = load_rows(q_ptr + b * q_strides[0] + h * q_strides[1], t, q_strides[2], T, D, BLOCK_D)
     do = load_rows(do_ptr + b * do_strides[0] + h * do_strides[1], t, do_strides[2], T, D, BLOCK_D)
     dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     if dq_ptr is not None and k_ptr is not None:
-        lse = base2(lse_ptr + bh * T, t, T)
+        lse = load_lse(lse_ptr + bh * T, t, T, UNIT)
         delta = tl.load(delta_ptr + bh * T + t, mask=t < T, other=0.0)
         k_ptr += b * k_strides[0] + h // GROUP * k_strides[1]
         v_ptr += b * v_strides[0] + h // GROUP * v_strides[1]
@@ -387,15 +407,15 @@ def prefix_attention_grad_query_kernel(
             dq = grad_query_tokens(
                 dq, q, do, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2], None, mask_strides, seed, bh * T, t, 0,
                 all_see, b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, True,
-                D, BLOCK_D, BLOCK_T, BLOCK_N,
+                UNIT, D, BLOCK_D, BLOCK_T, BLOCK_N,
             )  # fmt: skip
         dq = grad_query_tokens(
             dq, q, do, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, seed, bh * T, t,
             all_see, last, b, h, T, S, scale2, keep_threshold, keep_value, DROPOUT, PRECISION, CAUSAL, KEY_MASK, False,
-            D, BLOCK_D, BLOCK_T, BLOCK_N,
+            UNIT, D, BLOCK_D, BLOCK_T, BLOCK_N,
         )  # fmt: skip
 
-    lse = base2(lse_p_ptr + bh * T, t, T)
+    lse = load_lse(lse_p_ptr + bh * T, t, T, UNIT)
     delta = tl.load(delta_p_ptr + bh * T + t, mask=t < T, other=0.0)
     a, start, length, _ = own_prefix(prefix, b, A, P, TOTAL)
     c = gate_out(prefix, prefix_strides, a, h)
@@ -410,9 +430,9 @@ def prefix_attention_grad_query_kernel(
         raw = tl.dot(q, pk.T, input_precision=PRECISION)
         gate_k = gate(prefix[2], prefix_strides[2], b, h, t[:, None], j[None, :], inside)
         s = prefix_scores(
-            raw * scale2, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :]
+            raw * scale2, gate_k, prefix[4], prefix_strides[4], a, start, h, j[None, :], (j < length)[None, :], UNIT
         )
-        p = tl.exp2(s - lse[:, None]) * c
+        p = power(s - lse[:, None], UNIT) * c
         pv = load_rows(pv_ptr, j, pv_strides[2], length, D, BLOCK_D).to(q.dtype)
         dp = tl.dot(do, pv.T, input_precision=PRECISION)
         if DROPOUT:
@@ -445,7 +465,7 @@ def prefix_attention_grad_query_kernel(
 def prefix_attention_grad_token_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr, keep_threshold, keep_value, scale,
     H, GROUP, T, S, q_strides, k_strides, v_strides, mask_strides, do_strides, dk_strides, dv_strides,
-    CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk = scale·Σ_{h,t} ds^x q, dv = Σ_{h,t} p^x do; ds^x = p^x (do·vᵀ − Δ). What is None is not wanted."""
@@ -472,9 +492,9 @@ def prefix_attention_grad_token_kernel(
             q = load_rows(q_ptr + b * q_strides[0] + h * q_strides[1], t, q_strides[2], T, D, BLOCK_D)
             do = load_rows(do_ptr + b * do_strides[0] + h * do_strides[1], t, do_strides[2], T, D, BLOCK_D)
             # [BLOCK_N, BLOCK_T]
-            s = tl.dot(k, q.T, input_precision=PRECISION) * (scale * LOG2E)
-            s = token_scores(s, t[None, :], n[:, None], mask_ptr, mask_strides, b, h, T, S, CAUSAL, KEY_MASK)
-            p = tl.exp2(s - base2(lse_ptr + of_head, t, T)[None, :])
+            s = tl.dot(k, q.T, input_precision=PRECISION) * (scale * UNIT)
+            s = token_scores(s, t[None, :], n[:, None], mask_ptr, mask_strides, b, h, T, S, CAUSAL, KEY_MASK, UNIT)
+            p = power(s - load_lse(lse_ptr + of_head, t, T, UNIT)[None, :], UNIT)
             if DROPOUT:
                 kept = keep(seed, of_head + t, n0, 1, keep_threshold, BLOCK_T, BLOCK_N).T
             if dv_ptr is not None:
@@ -497,8 +517,8 @@ def prefix_attention_grad_token_kernel(
 def prefix_attention_grad_prefix_kernel(
     q_ptr, prefix, do_ptr, lse_ptr, delta_ptr, dpk_ptr, dpv_ptr, dbias_ptr, seed_ptr, keep_threshold, keep_value, scale,
     B, H, GROUP, T, A, P, TOTAL, PARTS, q_strides, prefix_strides, do_strides,
-    ALL_ROWS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+    ALL_ROWS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dpk = scale·Σ_{b,h,t} ds^p Gk q, dpv = Σ_{b,h,t} c p^p Gv do, dβ = Σ_{b,t} ds^p;  ds^p = c p^p (Gv do·pvᵀ − δ)
 
@@ -547,10 +567,12 @@ def prefix_attention_grad_prefix_kernel(
                 q = load_rows(q_ptr + b * q_strides[0] + h * q_strides[1], t, q_strides[2], T, D, BLOCK_D)
                 do = load_rows(do_ptr + b * do_strides[0] + h * do_strides[1], t, do_strides[2], T, D, BLOCK_D)
                 # [BLOCK_P, BLOCK_T]
-                s = tl.dot(pk, q.T, input_precision=PRECISION) * (scale * LOG2E)
+                s = tl.dot(pk, q.T, input_precision=PRECISION) * (scale * UNIT)
                 gate_k = gate(prefix[2], prefix_strides[2], b, h, t[None, :], j[:, None], inside)
-                s = prefix_scores(s, gate_k, prefix[4], prefix_strides[4], a, start, h, j[:, None], own)
-                p = tl.exp2(s - base2(lse_ptr + of_head, t, T)[None, :]) * gate_out(prefix, prefix_strides, a, h)
+                s = prefix_scores(s, gate_k, prefix[4], prefix_strides[4], a, start, h, j[:, None], own, UNIT)
+                p = power(s - load_lse(lse_ptr + of_head, t, T, UNIT)[None, :], UNIT) * gate_out(
+                    prefix, prefix_strides, a, h
+                )
                 gate_v = gate(prefix[3], prefix_strides[3], b, h, t[None, :], j[:, None], inside)
                 if DROPOUT:
                     kept = keep_at(seed, (of_head + t)[None, :], tl.maximum(j, 0)[:, None], 0, keep_threshold)

@@ -1,10 +1,13 @@
 """Launches the Triton kernels of prefix_attention: block sizes, grids, workspaces.
 
-`forward` and `backward` are all of the op, tokens and prefix. `prefix` is the tuple (prefix_k, prefix_v, gate_k, gate_v, log_bias,
-gate_out, index, lengths, offsets), as `fastpeft.reference.prefix_attention` takes it. Leading dimensions may have any strides.
+`forward` and `backward` are all of the op, tokens and prefix; `tokens`, `grad_tokens`, `merge` and `grad_merge` the parts, as
+the passes of `fastpeft.reference.prefix_attention`. `prefix` is the tuple (prefix_k, prefix_v, gate_k, gate_v, log_bias,
+gate_out, index, lengths, offsets). Leading dimensions may have any strides.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -21,8 +24,8 @@ LARGE = {
     (10, 3),
 }  # compute capabilities with 227 KiB of shared memory a program; the blocks of others fit 99
 
-# By bytes of q's elements and largest D: BLOCK_T, BLOCK_N, BLOCK_P, warps, stages, on small and on large machines. Chosen so that
-# nothing spills (benches/COMPILED.md); not measured on a GPU.
+# By bytes of q's elements and largest D: BLOCK_T, BLOCK_N, BLOCK_P, warps, stages, on small and on large machines. Chosen by
+# spills (benches/COMPILED.md); not measured on a GPU.
 ATTEND = {
     (2, 64): ((128, 64, 32, 8, 2), (128, 64, 32, 8, 3)),
     (2, 128): ((64, 64, 16, 4, 2), (128, 64, 32, 8, 3)),
@@ -73,6 +76,7 @@ def _blocks(table, q, prefix_length: int, p: float) -> dict[str, int]:
         warps = 4  # few queries: what more warps share is too small
     blocks = {"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_P": block_p and _padded(prefix_length, block_p)}
     fixed = {"D": d, "BLOCK_D": _padded(d, LARGEST_D), "PRECISION": precision(q.dtype)}
+    fixed["UNIT"] = 1.0 if q.dtype == torch.float32 else math.log2(math.e)
     return fixed | {k: v for k, v in blocks.items() if v} | {"num_warps": warps, "num_stages": stages}
 
 
@@ -192,9 +196,9 @@ def backward(do, q, k, v, prefix, o, lse, lse_p, causal, mask, separate, p, seed
     delta, *grads = rest
     if (needs[1] or needs[2]) and k.shape[2]:
         blocks = _blocks(TOKEN, q, 0, p)
-        kernels.prefix_attention_grad_token_kernel[(k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], blocks["BLOCK_N"]),)](
-            lse_ptr=lse, delta_ptr=delta, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv), **of_all, **of_tokens, **blocks
-        )
+        kernels.prefix_attention_grad_token_kernel[
+            (k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], blocks["BLOCK_N"]),)
+        ](lse_ptr=lse, delta_ptr=delta, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv), **of_all, **of_tokens, **blocks)
     return dq, dk, dv, *grads
 
 
