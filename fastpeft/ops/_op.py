@@ -71,3 +71,19 @@ class _NoSecondDerivative(torch.autograd.Function):
             f"{ctx.op} has no second derivative; for one (a gradient penalty, say) compute the layer with plain PyTorch: "
             f"fastpeft.reference.{ctx.op}"
         )
+
+
+class Watch:
+    """Tells later whether `t` was changed in place meanwhile, without keeping its memory alive.
+
+    A view shares the version counter of its base, also after it let go of the base's storage. (autograd's own check of saved
+    tensors raises an error instead, and is off wherever saved tensors go through hooks, as under checkpointing.)
+    """
+
+    def __init__(self, t: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.view = t.view_as(t).set_(t.new_empty(0))
+        self.version = self.view._version
+
+    def changed(self) -> bool:
+        return self.view._version != self.version

@@ -257,14 +257,14 @@ class Compiled(Seen):
 class Named:
     """A backend's passes as a profiler shows them, by the names of the registered ones. (`fused` also where it has no way.)"""
 
-    def __init__(self, passes) -> None:
-        self.passes = passes
+    def __init__(self, passes, op: str = "lora_linear") -> None:
+        self.passes, self.op = passes, op
 
     def __getattr__(self, name: str):
         found = getattr(self.passes, name)
 
         def named(*arguments):
-            with torch.profiler.record_function(f"fastpeft::lora_linear_{name}"):
+            with torch.profiler.record_function(f"fastpeft::{self.op}_{name}"):
                 return found(*arguments)
 
         return named
