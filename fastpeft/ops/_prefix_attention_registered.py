@@ -14,11 +14,12 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from ..backends import attention
 from ..backends.choice import choose
 from ..backends.cpu import prefix_attention as cpu
+from ..backends.cuda import prefix_attention as cuda
 from ..backends.torch import prefix_attention as by_torch
 from ..reference.prefix_attention import by_query, like_tokens, wide_dtype
 from ._op import define
 
-BACKENDS = {"cpu": cpu, "torch": by_torch}
+BACKENDS = {"cuda": cuda, "cpu": cpu, "torch": by_torch}
 
 
 def passes_for(meta, backend):

@@ -70,14 +70,9 @@ def backward(
     scale, needs,
 ):  # fmt: skip
     return native.cuda().prefix_attention_backward(
-        _rows(do), q, prefix_k, prefix_v, gate_k, gate_v, log_bias, gate_out, index, lengths, offsets, o, lse, dq,
+        do, q, prefix_k, prefix_v, gate_k, gate_v, log_bias, gate_out, index, lengths, offsets, o, lse, dq,
         separate, p, seed, scale, needs,
     )  # fmt: skip
-
-
-def _rows(do):
-    """A gradient may come expanded from a sum."""
-    return do if do.stride(-1) == 1 else do.contiguous()
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -114,13 +109,13 @@ def grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):
     if _by_flash(q, mask):
         words = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is not
         found = _flash_backward(
-            _rows(do), q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, words, words[0], scale=scale
+            do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, words, words[0], scale=scale
         )
         return tuple(d if need else None for d, need in zip(found, needs))
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
     word = torch.empty((), dtype=torch.int64, device=q.device)
     dq, dk, dv, _ = _efficient_backward(
-        _rows(do), q, _expanded(k, q), _expanded(v, q), _bias(q, k, causal, mask), o, lse, word, word, 0.0,
+        do, q, _expanded(k, q), _expanded(v, q), _bias(q, k, causal, mask), o, lse, word, word, 0.0,
         [*needs, False], False, scale=scale,
     )  # fmt: skip
     return dq if needs[0] else None, _grouped(dk, k) if needs[1] else None, _grouped(dv, v) if needs[2] else None
