@@ -178,9 +178,12 @@ class PrefixAttention(torch.autograd.Function):
         passes, causal, separate, p, scale = call
         q, k, v, *prefix, mask, seed = tensors
         o, o_x, lse, lse_p = forward(_passes(passes), q, k, v, prefix, mask, seed, causal, separate, p, scale)
+        plain = not isinstance(passes, str)
+        if plain and o._is_view():  # autograd would let nobody change it in place
+            o = o.data
         ctx.set_materialize_grads(False)
         ctx.call = call
-        kept, ctx.watch = (o_x, None) if separate else _kept(o, plain=not isinstance(passes, str))
+        kept, ctx.watch = (o_x, None) if separate else _kept(o, plain)
         ctx.save_for_backward(*tensors, kept, lse, lse_p)
         return o
 
