@@ -11,8 +11,9 @@ import math
 import _cuda_emulation
 import pytest
 import torch
+from _close import assert_close
 from _guarded import Memory
-from test_prefix_attention import DTYPES, MODES, VARIANTS, check, problem, run, variant
+from test_prefix_attention import DTYPES, EPS, MODES, VARIANTS, check, in_double, problem, run, variant
 
 import fastpeft as fp
 from fastpeft import native
@@ -113,13 +114,20 @@ def test_an_index_out_of_range(backend, kind):
 
 def test_fp16_keeps_its_range(backend):
     """ds of more than fp16 holds: dpk is float32, and dq small enough by way of a small pk."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 1, 9, 16).half() for _ in range(3))
-    pk, pv = torch.randn(1, 1, 5, 16) * 1e-4, torch.randn(1, 1, 5, 16) * 50
-    do = torch.randn(1, 1, 9, 16).half() * 2e3
-    tensors = {name: x.requires_grad_() for name, x in zip(("q", "k", "v", "prefix_k", "prefix_v"), (q, k, v, pk, pv))}
-    assert (do.float() @ pv[0, 0].detach().t()).abs().max() > torch.finfo(torch.half).max
-    check(tensors, {}, do)
+    q, k, v, do = (torch.randn(1, 1, 9, 16).half() for _ in range(4))
+    do *= 2e3
+    prefix = torch.randn(1, 1, 5, 16) * 1e-4, torch.randn(1, 1, 5, 16) * 50
+    assert (do.float() @ prefix[1][0, 0].t()).abs().max() > torch.finfo(torch.half).max
+    tensors = dict(zip(("q", "k", "v", "prefix_k", "prefix_v"), (x.requires_grad_() for x in (q, k, v, *prefix))))
+    exact = run(on_torch, in_double(tensors), {}, do.double())
+    wide = run(on_torch, tensors, {}, do)
+    for name, got in run(prefix_attention, tensors, {}, do).items():
+        assert_close(got, wide[name], exact[name], name, eps=EPS[torch.half])
+
+
+def on_torch(**arguments):
+    with fp.backend("torch"):
+        return prefix_attention(**arguments)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -265,30 +273,36 @@ def test_tokens_by_what_a_gpu_has(monkeypatch, mask, dtype, mode, t, s):
         masks[:, :, 1] = False
         masks = masks if mask == "boolean" else torch.randn(2, 1, t, s).masked_fill(~masks, -math.inf)
     call = causal, masks, 0.0, None, 0.25
-    (o, lse), (expected, expected_lse) = cuda.tokens(q, k, v, *call), reference.tokens(q, k, v, *call)
-    bound = 2 * torch.finfo(dtype).eps  # the mask is rounded to q's dtype where it is added
-    assert torch.allclose(lse, expected_lse, rtol=bound, atol=bound) and torch.allclose(
-        o, expected, rtol=bound, atol=bound
-    )
     do = torch.randn_like(q)
-    if mode == "joint":  # as after a prefix was merged
-        lse, expected_lse = (torch.logaddexp(x, torch.zeros_like(x)) for x in (lse, expected_lse))
-    found = cuda.grad_tokens(do, q, k, v, o, lse, *call, (True, True, True))
-    exact = reference.grad_tokens(do, q, k, v, expected, expected_lse, *call, (True, True, True))
-    for got, true in zip(found, exact, strict=True):
-        assert got.shape == true.shape and got.dtype == true.dtype
-        assert (got.double() - true.double()).norm() <= 8 * bound * true.double().norm()
+
+    def results(of, q, k, v):
+        o, lse = of.tokens(q, k, v, *call)
+        merged = torch.logaddexp(lse, torch.zeros_like(lse)) if mode == "joint" else lse  # as after a prefix
+        grads = of.grad_tokens(do.to(q.dtype), q, k, v, o, merged, *call, (True, True, True))
+        return dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *grads)))
+
+    found, low = results(cuda, q, k, v), results(reference, q, k, v)
+    exact = results(reference, *(x.double() for x in (q, k, v)))
+    o, lse = found["o"], found["lse"]
+    blind = exact["lse"] == -math.inf
+    assert torch.equal(lse == -math.inf, blind) and not o[blind].any()
+    for name, true in exact.items():
+        got, other = found[name], low[name]
+        assert got.dtype == other.dtype
+        if name == "lse":
+            got, other, true = (x.masked_fill(blind, 0.0) for x in (got, other, true))
+        assert_close(got, other, true, name, eps=EPS[dtype])
     assert cuda.grad_tokens(do, q, k, v, o, lse, *call, (False, True, False))[::2] == (None, None)
 
 
-def test_pytorch_has_what_tokens_call():
-    """The arguments fit the schemas, and shapes are the ones that are expected."""
-    with torch._subclasses.fake_tensor.FakeTensorMode():
-        for dtype, mask in ((torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, (2, 9))):
-            q, k, v = (torch.empty(2, h, n, 16, dtype=dtype, device="cuda") for h, n in ((4, 5), (2, 9), (2, 9)))
-            mask = None if mask is None else torch.ones(mask, dtype=torch.bool, device="cuda")
-            for causal in (False, True):
-                o, lse = cuda.tokens(q, k, v, causal, mask, 0.0, None, 0.25)
-                assert o.shape == q.shape and lse.shape == (2, 4, 5) and lse.dtype == torch.float32
-                found = cuda.grad_tokens(o, q, k, v, o, lse, causal, mask, 0.0, None, 0.25, (True, True, True))
-                assert [d.shape for d in found] == [q.shape, k.shape, v.shape]
+def test_pytorch_has_what_tokens_call(monkeypatch):
+    """Arguments fit the schemas, and shapes are what is expected: on tensors without memory."""
+    monkeypatch.setattr(cuda, "_taken", lambda q, k, p: True)
+    for dtype, mask in ((torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, (2, 9))):
+        q, k, v = (torch.empty(2, h, n, 16, dtype=dtype, device="meta") for h, n in ((4, 5), (2, 9), (2, 9)))
+        mask = None if mask is None else torch.empty(mask, dtype=torch.bool, device="meta")
+        for causal in (False, True):
+            o, lse = cuda.tokens(q, k, v, causal, mask, 0.0, None, 0.25)
+            assert o.shape == q.shape and lse.shape == (2, 4, 5) and lse.dtype == torch.float32
+            found = cuda.grad_tokens(o, q, k, v, o, lse, causal, mask, 0.0, None, 0.25, (True, True, True))
+            assert [d.shape for d in found] == [q.shape, k.shape, v.shape]

@@ -263,6 +263,7 @@ __global__ void __launch_bounds__(THREADS, 2) forward_kernel(PrefixAttentionForw
   const Own& own = head.own;
   if (!x.separate && !own.length && !own.unknown) return;
   const float drop = x.dropout.keep_threshold ? x.dropout.value : 1.0f;
+  const bool busy = t0 + warp * 16 < x.T;  // else the warp only helps to load: decoding has one query
   float lse[2];
   for (int c0 = 0; c0 < x.D; c0 += COLUMNS) {
     const int columns = x.D - c0 < COLUMNS ? x.D - c0 : COLUMNS;
@@ -276,42 +277,44 @@ __global__ void __launch_bounds__(THREADS, 2) forward_kernel(PrefixAttentionForw
       wait_copies<1>();
       __syncthreads();
       float s[BN / 8][4] = {};
-      multiply_rows(s, q_tile + warp * 16 * ld, k_tile, ld, x.D);
-      float highest[2] = {top[0], top[1]};
+      if (busy) {
+        multiply_rows(s, q_tile + warp * 16 * ld, k_tile, ld, x.D);
+        float highest[2] = {top[0], top[1]};
 #pragma unroll
-      for (int n = 0; n < BN / 8; ++n)
+        for (int n = 0; n < BN / 8; ++n)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int t = t0 + warp * 16 + lane / 4 + j / 2 * 8, p = p0 + n * 8 + lane % 4 * 2 + j % 2;
-          s[n][j] = t < x.T && p < own.length ? x.scale * head.gate_k(t, p) * s[n][j] + head.log_bias(p) : NONE;
-          highest[j / 2] = fmaxf(highest[j / 2], s[n][j]);
+          for (int j = 0; j < 4; ++j) {
+            const int t = t0 + warp * 16 + lane / 4 + j / 2 * 8, p = p0 + n * 8 + lane % 4 * 2 + j % 2;
+            s[n][j] = t < x.T && p < own.length ? x.scale * head.gate_k(t, p) * s[n][j] + head.log_bias(p) : NONE;
+            highest[j / 2] = fmaxf(highest[j / 2], s[n][j]);
+          }
+        float base[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          highest[r] = fmaxf(highest[r], shuffle_xor(highest[r], 1));
+          highest[r] = fmaxf(highest[r], shuffle_xor(highest[r], 2));
+          base[r] = highest[r] == NONE ? 0.0f : highest[r];
+          const float shrink = expf(top[r] - base[r]);
+          top[r] = highest[r], total[r] *= shrink;
+#pragma unroll
+          for (int n = 0; n < COLUMNS / 8; ++n) acc[n][2 * r] *= shrink, acc[n][2 * r + 1] *= shrink;
         }
-      float base[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        highest[r] = fmaxf(highest[r], shuffle_xor(highest[r], 1));
-        highest[r] = fmaxf(highest[r], shuffle_xor(highest[r], 2));
-        base[r] = highest[r] == NONE ? 0.0f : highest[r];
-        const float shrink = expf(top[r] - base[r]);
-        top[r] = highest[r], total[r] *= shrink;
+        for (int n = 0; n < BN / 8; ++n) {
+          bool keep[4] = {true, true, true, true};
+          if (x.dropout.keep_threshold) head.kept(keep, t0 + warp * 16, p0 + n * 8);
 #pragma unroll
-        for (int n = 0; n < COLUMNS / 8; ++n) acc[n][2 * r] *= shrink, acc[n][2 * r + 1] *= shrink;
-      }
-#pragma unroll
-      for (int n = 0; n < BN / 8; ++n) {
-        bool keep[4] = {true, true, true, true};
-        if (x.dropout.keep_threshold) head.kept(keep, t0 + warp * 16, p0 + n * 8);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int t = t0 + warp * 16 + lane / 4 + j / 2 * 8, p = p0 + n * 8 + lane % 4 * 2 + j % 2;
-          const float weight = expf(s[n][j] - base[j / 2]);
-          total[j / 2] += weight;
-          s[n][j] = keep[j] && t < x.T && p < own.length ? weight * drop * head.gate_v(t, p) : 0.0f;
+          for (int j = 0; j < 4; ++j) {
+            const int t = t0 + warp * 16 + lane / 4 + j / 2 * 8, p = p0 + n * 8 + lane % 4 * 2 + j % 2;
+            const float weight = expf(s[n][j] - base[j / 2]);
+            total[j / 2] += weight;
+            s[n][j] = keep[j] && t < x.T && p < own.length ? weight * drop * head.gate_v(t, p) : 0.0f;
+          }
         }
       }
       wait_copies<0>();
       __syncthreads();
-      multiply_weights(acc, s, v_tile, ld, columns);
+      if (busy) multiply_weights(acc, s, v_tile, ld, columns);
       __syncthreads();
     }
 #pragma unroll
@@ -435,10 +438,12 @@ __global__ void __launch_bounds__(THREADS, 2) grad_query_kernel(PrefixAttentionG
       wait_copies<0>();
       __syncthreads();
       float ds[BN / 8][4];
-      for_each_weight(d.grad, head, q_tile + warp * 16 * ld, grad_tile + warp * 16 * ld, k_tile, v_tile, ld,
-                      t0 + warp * 16, p0,
-                      [&](int n, int j, const Weight& e) { ds[n][j] = x.scale * e.gate_k * e.grad_score; });
-      multiply_weights(acc, ds, k_tile + c0, ld, columns);
+      if (t0 + warp * 16 < x.T) {
+        for_each_weight(d.grad, head, q_tile + warp * 16 * ld, grad_tile + warp * 16 * ld, k_tile, v_tile, ld,
+                        t0 + warp * 16, p0,
+                        [&](int n, int j, const Weight& e) { ds[n][j] = x.scale * e.gate_k * e.grad_score; });
+        multiply_weights(acc, ds, k_tile + c0, ld, columns);
+      }
       __syncthreads();
     }
     add_rows<T>(d.dq, d.dq, head, t0, c0, columns, acc, nullptr);
@@ -478,11 +483,12 @@ __global__ void __launch_bounds__(THREADS) grad_gates_kernel(PrefixAttentionGrad
       commit_copies();
       wait_copies<0>();
       __syncthreads();
-      for_each_weight(d.grad, head, q_tile + warp * 16 * ld, grad_tile + warp * 16 * ld, k_tile, v_tile, ld,
-                      t0 + warp * 16, p0, [&](int n, int j, const Weight& e) {
-                        acc_k[n][j] += x.scale * e.score * e.grad_score;
-                        acc_v[n][j] += e.dropped * e.grad_weight * (d.delta ? e.gate_v : 1.0f);
-                      });
+      if (t0 + warp * 16 < x.T)
+        for_each_weight(d.grad, head, q_tile + warp * 16 * ld, grad_tile + warp * 16 * ld, k_tile, v_tile, ld,
+                        t0 + warp * 16, p0, [&](int n, int j, const Weight& e) {
+                          acc_k[n][j] += x.scale * e.score * e.grad_score;
+                          acc_v[n][j] += e.dropped * e.grad_weight * (d.delta ? e.gate_v : 1.0f);
+                        });
       __syncthreads();
     }
   }
@@ -586,7 +592,7 @@ __global__ void __launch_bounds__(THREADS) grad_prefix_kernel(PrefixAttentionGra
     wait_copies<0>();
     __syncthreads();
     const int row = warp * 16;
-    if (row < rows)
+    if (row < rows && t0 + row < x.T)
       for_each_weight(d.grad, head, q_tile + row * ld, grad_tile + row * ld, k_tile, v_tile, ld, t0 + row, p,
                       [&](int n, int j, const Weight& e) {
                         const int at = (row + lane / 4 + j / 2 * 8) * WEIGHTS_LD + n * 8 + lane % 4 * 2 + j % 2;
@@ -595,7 +601,7 @@ __global__ void __launch_bounds__(THREADS) grad_prefix_kernel(PrefixAttentionGra
                         bias[n][j % 2] += e.grad_score;
                       });
     __syncthreads();
-    for (int r = 0; r < rows; r += 16) {
+    for (int r = 0; r < rows && t0 + r < x.T; r += 16) {
       const int at = (r + lane % 4 * 2) * WEIGHTS_LD + position + lane / 4;
       Left<T> left;
       if (d.k) {

@@ -107,9 +107,9 @@ def grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):
         return attention.grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs)
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     if _by_flash(q, mask):
-        words = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is not
+        of_dropout = (torch.empty(n, dtype=torch.uint64, device=q.device) for n in (2, ()))  # which there is not
         found = _flash_backward(
-            do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, words, words[0], scale=scale
+            do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, *of_dropout, scale=scale
         )
         return tuple(d if need else None for d, need in zip(found, needs))
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
@@ -144,5 +144,5 @@ def _expanded(k, q):
 
 
 def _grouped(d, k):
-    """[B, H, S, D] -> [B, Hk, S, D], k's dtype"""
-    return d if d.shape == k.shape else d.unflatten(1, (k.shape[1], -1)).sum(2, dtype=torch.float32).to(k.dtype)
+    """[B, H, S, D] -> [B, Hk, S, D]"""
+    return d if d.shape == k.shape else d.unflatten(1, (k.shape[1], -1)).sum(2)
