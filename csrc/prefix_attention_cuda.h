@@ -6,8 +6,8 @@
 // and, with dp_p = c (do·pv_p):   ds_p = w_p (m_p Gv_p dp_p - Δ),   Δ = do·o of the whole o, or Σ_p m_p w_p Gv_p dp_p
 //   dq = Σ_p scale Gk_p ds_p pk_p, dpk_p = Σ scale Gk_p ds_p q, dpv_p = Σ c m_p w_p Gv_p do,
 //   dGk_p = scale (q·pk_p) ds_p, dGv_p = m_p w_p dp_p, dβ_p = Σ ds_p, dc = Σ m_p w_p Gv_p (do·pv_p)
-// The compute dtype is that of q, o, do and dq; prefixes and gates may have others. Sums are fp32; sums over programs
-// go through partial results and lora_linear_sum, so that they are the same in every run.
+// The compute dtype is that of q, o, do and dq; prefixes may have others, gates are fp32. Sums are fp32; sums over
+// programs go through partial results and lora_linear_sum, so that they are the same in every run.
 #pragma once
 #include "lora_linear_cuda.h"
 
@@ -33,14 +33,13 @@ struct PrefixRowsCuda {
 // A gate [B, H, T, P]; log_bias [A, H, P], or gate_out [A, H], whose row is the prefix's. The stride of what broadcasts
 // is 0.
 struct PrefixGateCuda {
-  const void* data;  // null: absent
-  int dtype;
+  const float* data;  // null: absent
   int64_t stride_b, stride_h, stride_t, stride_p;
-  int P;  // positions that it has
 };
 
 struct PrefixAttentionCuda {
   int dtype, B, H, Hk, T, D, A, P;
+  int longest;  // positions of a prefix that are seen at most: flat ones' gates have no more
   HeadsCuda q;
   PrefixRowsCuda k, v;
   PrefixGateCuda gate_k, gate_v, log_bias, gate_out;

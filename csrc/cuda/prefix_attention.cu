@@ -52,7 +52,7 @@ struct Own {
     a = row;
     int end = d.P;
     if (d.offsets) start = within(d.offsets[a], d.P), end = within(d.offsets[a + 1], d.P);
-    length = end < start ? 0 : end - start;
+    length = within(end - start, d.longest);
     if (d.lengths) length = within(d.lengths[a], length);
   }
 };
@@ -64,9 +64,8 @@ template <class T>
 __device__ __forceinline__ T* at(const HeadsCuda& d, int b, int h, int t) {
   return (T*)d.data + b * d.stride_b + h * d.stride_h + t * d.stride_t;
 }
-__device__ __forceinline__ float value(const PrefixGateCuda& d, int b, int h, int t, int p) {
-  const int position = p < d.P ? p : d.P - 1;
-  return load_any(d.data, b * d.stride_b + h * d.stride_h + t * d.stride_t + position * d.stride_p, d.dtype);
+__device__ __forceinline__ const float* at(const PrefixGateCuda& d, int b, int h, int p) {
+  return d.data ? d.data + b * d.stride_b + h * d.stride_h + p * d.stride_p : nullptr;
 }
 
 // One head of a row of the batch.
@@ -74,34 +73,56 @@ struct Head {
   const PrefixAttentionCuda& d;
   const Own own;
   const int b, h;
+  const float *const gates_k, *const gates_v, *const biases;  // from position 0 of its own prefix on; null: none
 
-  __device__ __forceinline__ Head(const PrefixAttentionCuda& d, int b, int h) : d(d), own(d, b), b(b), h(h) {}
+  __device__ __forceinline__ Head(const PrefixAttentionCuda& d, int b, int h)
+      : d(d),
+        own(d, b),
+        b(b),
+        h(h),
+        gates_k(at(d.gate_k, b, h, 0)),
+        gates_v(at(d.gate_v, b, h, 0)),
+        biases(at(d.log_bias, own.a, h, own.start)) {}
+
   __device__ __forceinline__ float gate_k(int t, int p) const {
-    return d.gate_k.data ? value(d.gate_k, b, h, t, p) : 1.0f;
+    return gates_k ? gates_k[t * d.gate_k.stride_t + p * d.gate_k.stride_p] : 1.0f;
   }
   __device__ __forceinline__ float gate_v(int t, int p) const {
-    return d.gate_v.data ? value(d.gate_v, b, h, t, p) : 1.0f;
+    return gates_v ? gates_v[t * d.gate_v.stride_t + p * d.gate_v.stride_p] : 1.0f;
   }
-  __device__ __forceinline__ float log_bias(int p) const {
-    return d.log_bias.data ? value(d.log_bias, own.a, h, 0, own.start + p) : 0.0f;
-  }
+  __device__ __forceinline__ float log_bias(int p) const { return biases ? biases[p * d.log_bias.stride_p] : 0.0f; }
   __device__ __forceinline__ float gate_out() const {
-    return d.gate_out.data && own.a >= 0 ? value(d.gate_out, own.a, h, 0, 0) : 1.0f;
+    return d.gate_out.data && own.a >= 0 ? *at(d.gate_out, own.a, h, 0) : 1.0f;
   }
-  // Which of the lane's elements of [16, 8], from query t and position p on, dropout keeps
-  __device__ __forceinline__ void kept(bool (&keep)[4], int t, int p) const {
-    const uint64_t seed = (uint64_t)*d.dropout.seed;
+
+  // Which of [16, BN], from query t and position p on, dropout keeps: bit 4n + j is element j of the lane in columns 8n
+  // to 8n + 7.
+  __device__ __forceinline__ uint32_t kept(int t, int p) const {
     const uint32_t threshold = d.dropout.keep_threshold;
+    if (!threshold) return ~0u;
+    const uint64_t seed = (uint64_t)*d.dropout.seed;
     const int64_t row = (int64_t)(b * d.H + h) * d.T + t;
-    if (p % 4 == 0) return draw_kept(keep, seed, threshold, row, p, 0);
-    const int lane = threadIdx.x % 32;  // in the gradient of flat prefixes
+    const int lane = threadIdx.x % 32;
+    uint32_t bits = 0;
+    if (p % 4 == 0) {
+#pragma unroll 1
+      for (int n = 0; n < BN / 8; ++n) {
+        bool keep[4];
+        draw_kept(keep, seed, threshold, row, p + n * 8, 0);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int column = p + lane % 4 * 2 + j % 2;
-      uint32_t w[4];
-      random_words(w, seed, (uint32_t)(column / 4), (uint64_t)(row + lane / 4 + j / 2 * 8), 0);
-      keep[j] = (column & 2 ? (column & 1 ? w[3] : w[2]) : (column & 1 ? w[1] : w[0])) >= threshold;
+        for (int j = 0; j < 4; ++j) bits |= (uint32_t)keep[j] << (n * 4 + j);
+      }
+      return bits;
     }
+#pragma unroll 1
+    for (int i = 0; i < BN / 2; ++i) {  // in the gradient of flat prefixes: blocks of 4 are shared out otherwise
+      const int column = p + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      uint32_t w[4];
+      random_words(w, seed, (uint32_t)(column >> 2), (uint64_t)(row + lane / 4 + i % 4 / 2 * 8), 0);
+      const uint32_t word = column & 2 ? (column & 1 ? w[3] : w[2]) : (column & 1 ? w[1] : w[0]);
+      bits |= (uint32_t)(word >= threshold) << i;
+    }
+    return bits;
   }
 };
 
@@ -251,7 +272,7 @@ constexpr size_t forward_shared(int D) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 2) forward_kernel(PrefixAttentionForwardCuda d) {
+__global__ void __launch_bounds__(THREADS, 3) forward_kernel(PrefixAttentionForwardCuda d) {
   const PrefixAttentionCuda& x = d.call;
   const int ld = row_elements<T>(x.D), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   T* q_tile = shared_memory<T>();               // [BM, D]
@@ -299,16 +320,15 @@ __global__ void __launch_bounds__(THREADS, 2) forward_kernel(PrefixAttentionForw
 #pragma unroll
           for (int n = 0; n < COLUMNS / 8; ++n) acc[n][2 * r] *= shrink, acc[n][2 * r + 1] *= shrink;
         }
+        const uint32_t kept = head.kept(t0 + warp * 16, p0);
 #pragma unroll
         for (int n = 0; n < BN / 8; ++n) {
-          bool keep[4] = {true, true, true, true};
-          if (x.dropout.keep_threshold) head.kept(keep, t0 + warp * 16, p0 + n * 8);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const int t = t0 + warp * 16 + lane / 4 + j / 2 * 8, p = p0 + n * 8 + lane % 4 * 2 + j % 2;
             const float weight = expf(s[n][j] - base[j / 2]);
             total[j / 2] += weight;
-            s[n][j] = keep[j] && t < x.T && p < own.length ? weight * drop * head.gate_v(t, p) : 0.0f;
+            s[n][j] = kept >> (n * 4 + j) & 1 && t < x.T && p < own.length ? weight * drop * head.gate_v(t, p) : 0.0f;
           }
         }
       }
@@ -368,6 +388,7 @@ __device__ __forceinline__ void for_each_weight(const PrefixAttentionGradCuda& d
   multiply_rows(grads, grad_o, v, ld, x.D);
   const float drop = x.dropout.keep_threshold ? x.dropout.value : 1.0f;
   const float out = d.delta ? head.gate_out() : 1.0f;  // delta itself is without c
+  const uint32_t kept = head.kept(t, p);
   float lse[2], delta[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -377,8 +398,6 @@ __device__ __forceinline__ void for_each_weight(const PrefixAttentionGradCuda& d
   }
 #pragma unroll
   for (int n = 0; n < BN / 8; ++n) {
-    bool keep[4] = {true, true, true, true};
-    if (x.dropout.keep_threshold) head.kept(keep, t, p + n * 8);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int row = t + lane / 4 + j / 2 * 8, position = p + n * 8 + lane % 4 * 2 + j % 2;
@@ -387,7 +406,7 @@ __device__ __forceinline__ void for_each_weight(const PrefixAttentionGradCuda& d
         e.gate_k = head.gate_k(row, position), e.gate_v = head.gate_v(row, position);
         e.score = scores[n][j], e.grad_weight = grads[n][j] * out;
         e.weight = expf(x.scale * e.gate_k * e.score + head.log_bias(position) - lse[j / 2]);
-        e.dropped = keep[j] ? e.weight * drop : 0.0f;
+        e.dropped = kept >> (n * 4 + j) & 1 ? e.weight * drop : 0.0f;
         e.grad_score = e.dropped * e.gate_v * e.grad_weight - e.weight * delta[j / 2];
       }
       use(n, j, e);
@@ -416,7 +435,7 @@ constexpr size_t grad_shared(int D) {
 static_assert(grad_shared<bf16>(256) <= 99 << 10 && grad_shared<float>(128) <= 99 << 10, "what sm_86 and sm_89 have");
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 2) grad_query_kernel(PrefixAttentionGradQueryCuda d) {
+__global__ void __launch_bounds__(THREADS, 3) grad_query_kernel(PrefixAttentionGradQueryCuda d) {
   const PrefixAttentionCuda& x = d.grad.call;
   const int ld = row_elements<T>(x.D), warp = threadIdx.x / 32;
   T* q_tile = shared_memory<T>();   // [BM, D]

@@ -1,7 +1,7 @@
 // The Python face of prefix_attention's CUDA kernels: see csrc/prefix_attention_cuda.h for what each computes. A prefix
 // is nine arguments: prefix_k, prefix_v [A, Hk, P, D] (flat: [Hk, P, D]); gate_k, gate_v [B, H, T, P], 1 where they
-// broadcast; log_bias [A, H, P] or [1, H, P]; gate_out [A, H] or [1, H]; index int32 [B]; lengths int32 [A]; offsets
-// int64 [A + 1]. All but the first two may be None.
+// broadcast; log_bias [A, H, P] or [1, H, P]; gate_out [A, H] or [1, H], these four float32; index int32 [B]; lengths
+// int32 [A]; offsets int64 [A + 1]. All but the first two may be None.
 #include "../prefix_attention_cuda.h"
 
 #include <algorithm>
@@ -46,7 +46,10 @@ class PrefixPass {
     c.A = (int)A, c.Hk = (int)from.k.size(-3), c.P = (int)P;
     if (c.Hk < 1 || c.H % c.Hk) refuse(op, "prefix_k", text("of Hk heads that divide H = ", c.H), from.k);
     c.k = rows("prefix_k", from.k), c.v = rows("prefix_v", from.v);
+    c.longest = c.P;
     c.gate_k = gate("gate_k", from.gate_k), c.gate_v = gate("gate_v", from.gate_v);
+    for (const Tensor* gate : {(const Tensor*)&from.gate_k, (const Tensor*)&from.gate_v})
+      if (*gate && gate->size(3) != 1) c.longest = std::min(c.longest, (int)gate->size(3));
     if (from.log_bias) c.log_bias = of_prefix("log_bias", from.log_bias, {flat ? 1 : c.A, c.H, c.P});
     if (from.gate_out && separate) c.gate_out = of_prefix("gate_out", from.gate_out, {c.A, c.H});
     c.index = (const int32_t*)numbers("index", from.index, c.B, 32);
@@ -108,23 +111,20 @@ class PrefixPass {
   PrefixGateCuda gate(const char* argument, const Tensor& t) const {
     on_device(argument, t);
     if (!t) return {};
-    bool fits = t.dim() == 4 && t.is_real();
+    bool fits = t.dim() == 4 && t.dtype() == FLOAT32;
     const int64_t full[] = {call.B, call.H, call.T, call.P};
     for (int i = 0; fits && i < 3 + !call.offsets; ++i) fits = t.size(i) == full[i] || t.size(i) == 1;
-    if (!fits || (call.P && !t.size(3)))  // of flat prefixes it has the longest one's positions
-      refuse(op, argument, sizes({full[0], full[1], full[2], full[3]}, " or 1 for each, float32, bfloat16 or float16"),
-             t);
-    return {t.data(), t.dtype(), step(t, 0), step(t, 1), step(t, 2), step(t, 3), (int)t.size(3)};
+    if (!fits) refuse(op, argument, sizes({full[0], full[1], full[2], full[3]}, " or 1 for each, float32"), t);
+    return {(const float*)t.data(), step(t, 0), step(t, 1), step(t, 2), step(t, 3)};
   }
 
   // [A, H, P] or [A, H]; 1 for A
   PrefixGateCuda of_prefix(const char* argument, const Tensor& t, std::initializer_list<int64_t> full) const {
     on_device(argument, t);
-    bool fits = t.dim() == (int)full.size() && t.is_real();
+    bool fits = t.dim() == (int)full.size() && t.dtype() == FLOAT32;
     for (int i = 0; fits && i < t.dim(); ++i) fits = t.size(i) == full.begin()[i] || (i == 0 && t.size(i) == 1);
-    if (!fits) refuse(op, argument, sizes(full, " or 1 for the first, float32, bfloat16 or float16"), t);
-    const bool positions = t.dim() == 3;
-    return {t.data(), t.dtype(), step(t, 0), t.stride(1), 0, positions ? t.stride(2) : 0, positions ? call.P : 1};
+    if (!fits) refuse(op, argument, sizes(full, " or 1 for the first, float32"), t);
+    return {(const float*)t.data(), step(t, 0), t.stride(1), 0, t.dim() == 3 ? t.stride(2) : 0};
   }
 
   // [n] integers of so many bits; n < 0: any number of them, at least 1

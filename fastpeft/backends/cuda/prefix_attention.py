@@ -58,8 +58,9 @@ def forward(
     q, prefix_k, prefix_v, gate_k, gate_v, log_bias, gate_out, index, lengths, offsets, o, lse, separate, p, seed, scale
 ):  # fmt: skip
     out, lse_out = (torch.empty_like(o), torch.empty_like(lse)) if separate else (o, lse)
+    gates = map(_wide, (gate_k, gate_v, log_bias, gate_out))
     native.cuda().prefix_attention_forward(
-        q, prefix_k, prefix_v, gate_k, gate_v, log_bias, gate_out, index, lengths, offsets, o, lse, out, lse_out,
+        q, prefix_k, prefix_v, *gates, index, lengths, offsets, o, lse, out, lse_out,
         separate, p, seed, scale,
     )  # fmt: skip
     return out, lse_out
@@ -69,10 +70,16 @@ def backward(
     do, q, prefix_k, prefix_v, gate_k, gate_v, log_bias, gate_out, index, lengths, offsets, o, lse, dq, separate, p, seed,
     scale, needs,
 ):  # fmt: skip
+    gates = map(_wide, (gate_k, gate_v, log_bias, gate_out))
     return native.cuda().prefix_attention_backward(
-        do, q, prefix_k, prefix_v, gate_k, gate_v, log_bias, gate_out, index, lengths, offsets, o, lse, dq,
+        do, q, prefix_k, prefix_v, *gates, index, lengths, offsets, o, lse, dq,
         separate, p, seed, scale, needs,
     )  # fmt: skip
+
+
+def _wide(gate):
+    """The kernels read gates as float32: they are small, and read at each score."""
+    return None if gate is None else gate.float()
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
