@@ -133,10 +133,11 @@ def masks(q: Any, k: Any, is_causal: bool, key_padding_mask: Any, attn_mask: Any
         _check.bad_value(
             OP, "attn_mask", f"broadcastable to [B, H, T, S] = [{b}, {h}, {t}, {s}]", list(attn_mask.shape)
         )
+    attn_mask = attn_mask.float() if attn_mask.dtype == torch.float64 != q.dtype else attn_mask
     return attn_mask.reshape(full).expand(-1, -1, t, s)
 
 
-def number(q: Any, scale: Any, dropout_p: Any) -> float:
+def number(q: Any, scale: Any, dropout_p: Any) -> Any:
     """-> scale"""
     if not 0.0 <= dropout_p <= 1.0:
         _check.bad_value(OP, "dropout_p", "a probability in [0, 1]", dropout_p)
@@ -144,7 +145,7 @@ def number(q: Any, scale: Any, dropout_p: Any) -> float:
         return q.shape[-1] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         _check.bad_type(OP, "scale", "a number or None (1/√D)", scale)
-    return float(scale)
+    return scale
 
 
 def plain_memory(t: Any) -> Any:

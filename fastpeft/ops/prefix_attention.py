@@ -178,12 +178,9 @@ class PrefixAttention(torch.autograd.Function):
         passes, causal, separate, p, scale = call
         q, k, v, *prefix, mask, seed = tensors
         o, o_x, lse, lse_p = forward(_passes(passes), q, k, v, prefix, mask, seed, causal, separate, p, scale)
-        plain = not isinstance(passes, str)
-        if plain and o._is_view():  # autograd would let nobody change it in place
-            o = o.data
         ctx.set_materialize_grads(False)
         ctx.call = call
-        kept, ctx.watch = (o_x, None) if separate else _kept(o, plain)
+        kept, o, ctx.watch = _apart(o_x, o, plain=not isinstance(passes, str))
         ctx.save_for_backward(*tensors, kept, lse, lse_p)
         return o
 
@@ -199,9 +196,13 @@ class PrefixAttention(torch.autograd.Function):
         return None, *found, *(None,) * 5
 
 
-def _kept(o, plain):
-    """What backward reads of the output, which the caller may change in place, and a watch on that where none looks."""
-    return (o.data, Watch(o)) if plain else (o.clone(), None)
+def _apart(o_x, o, plain):
+    """-> what backward will read: o_x, else o; o as the caller may change it in place; a watch on it where both share memory"""
+    if not plain:  # a policy of checkpointing, or a compiler, may keep what an op returned
+        return (o, o.clone(), None) if o_x is None else (o_x, o if is_compiling() else o.clone(), None)
+    if o._is_view():  # autograd would allow no change of one
+        o = o.data
+    return (o.data, o, Watch(o)) if o_x is None else (o_x, o, None)
 
 
 def _gradients(call, needs, saved, do, watch):
