@@ -303,6 +303,7 @@ def test_pytorch_has_what_tokens_call(monkeypatch):
         mask = None if mask is None else torch.empty(mask, dtype=torch.bool, device="meta")
         for causal in (False, True):
             o, lse = cuda.tokens(q, k, v, causal, mask, 0.0, None, 0.25)
-            assert o.shape == q.shape and lse.shape == (2, 4, 5) and lse.dtype == torch.float32
+            assert o.shape == q.shape and o.transpose(1, 2).is_contiguous()
+            assert lse.shape == (2, 4, 5) and lse.dtype == torch.float32
             found = cuda.grad_tokens(o, q, k, v, o, lse, causal, mask, 0.0, None, 0.25, (True, True, True))
             assert [d.shape for d in found] == [q.shape, k.shape, v.shape]

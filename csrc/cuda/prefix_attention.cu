@@ -422,8 +422,18 @@ __global__ void __launch_bounds__(THREADS) delta_kernel(PrefixAttentionDeltaCuda
   if (bh >= x.B * x.H) return;
   const T* grad_o = at<T>(d.grad.grad_o, bh / x.H, bh % x.H, t);
   const T* o = at<T>(d.o, bh / x.H, bh % x.H, t);
+  const bool whole = ((uintptr_t)grad_o | (uintptr_t)o) % 16 == 0 && x.D % CHUNK<T> == 0;
   float sum = 0.0f;
-  for (int i = threadIdx.x % 32; i < x.D; i += 32) sum += to_float(grad_o[i]) * to_float(o[i]);
+  for (int c = threadIdx.x % 32 * CHUNK<T>; c < x.D; c += 32 * CHUNK<T>) {
+    alignas(16) T left[CHUNK<T>], right[CHUNK<T>];
+    if (whole) *(uint4*)left = *(const uint4*)(grad_o + c), *(uint4*)right = *(const uint4*)(o + c);
+#pragma unroll
+    for (int j = 0; j < CHUNK<T>; ++j) {
+      if (c + j >= x.D) continue;
+      if (!whole) left[j] = grad_o[c + j], right[j] = o[c + j];
+      sum += to_float(left[j]) * to_float(right[j]);
+    }
+  }
   sum = over_rows(over_quad(sum));
   if (threadIdx.x % 32 == 0) d.delta[row] = sum;
 }

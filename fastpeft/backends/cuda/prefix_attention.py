@@ -14,6 +14,7 @@ import math
 import torch
 
 from ... import native
+from ...reference import prefix_attention as reference
 from .. import attention
 from ..meta import capability
 
@@ -57,7 +58,7 @@ grad_fused = fused
 def forward(
     q, prefix_k, prefix_v, gate_k, gate_v, log_bias, gate_out, index, lengths, offsets, o, lse, separate, p, seed, scale
 ):  # fmt: skip
-    out, lse_out = (torch.empty_like(o), torch.empty_like(lse)) if separate else (o, lse)
+    out, lse_out = (reference.like_tokens(o), torch.empty_like(lse)) if separate else (o, lse)
     gates = map(_wide, (gate_k, gate_v, log_bias, gate_out))
     native.cuda().prefix_attention_forward(
         q, prefix_k, prefix_v, *gates, index, lengths, offsets, o, lse, out, lse_out,
@@ -99,14 +100,17 @@ def tokens(q, k, v, causal, mask, p, seed, scale):
         return attention.tokens(q, k, v, causal, mask, p, seed, scale)
     if _by_flash(q, mask):
         o, lse, *_ = _flash(q, k, v, 0.0, causal, scale=scale)
-        return o, lse.masked_fill_(lse == math.inf, -math.inf) if causal and q.shape[2] > k.shape[2] else lse
-    bias = _bias(q, k, causal, mask)
-    o, lse, *_ = _efficient(q, _expanded(k, q), _expanded(v, q), bias, True, 0.0, False, scale=scale)
-    lse = lse[..., : q.shape[2]].contiguous()  # it is padded to a multiple of 32
-    if bias is None:
-        return o, lse
-    blind = bias.amax(-1) == -math.inf
-    return o.masked_fill_(blind[..., None], 0.0), lse.masked_fill_(blind, -math.inf)
+        blind = lse == math.inf if causal and q.shape[2] > k.shape[2] else None
+    else:
+        bias = _bias(q, k, causal, mask)
+        o, lse, *_ = _efficient(*_heads(q, k, v, bias), True, 0.0, False, scale=scale)
+        lse = lse[..., : q.shape[2]].contiguous()  # it is padded to a multiple of 32
+        blind = None if bias is None else bias.amax(-1) == -math.inf
+    if blind is not None:
+        o, lse = o.masked_fill_(blind[..., None], 0.0), lse.masked_fill_(blind, -math.inf)
+    if not o.transpose(1, 2).is_contiguous():  # it lies as q does; everywhere else as [B, T, H, D]
+        o = reference.by_query(q).copy_(o)
+    return o, lse
 
 
 def grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):
@@ -121,33 +125,34 @@ def grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):
         return tuple(d if need else None for d, need in zip(found, needs))
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
     word = torch.empty((), dtype=torch.int64, device=q.device)
-    dq, dk, dv, _ = _efficient_backward(
-        do, q, _expanded(k, q), _expanded(v, q), _bias(q, k, causal, mask), o, lse, word, word, 0.0,
-        [*needs, False], False, scale=scale,
-    )  # fmt: skip
+    heads = _heads(q, k, v, _bias(q, k, causal, mask))
+    dq, dk, dv, _ = _efficient_backward(do, *heads, o, lse, word, word, 0.0, [*needs, False], False, scale=scale)
     return dq if needs[0] else None, _grouped(dk, k) if needs[1] else None, _grouped(dv, v) if needs[2] else None
 
 
 def _bias(q, k, causal, mask):
-    """What is added to the scores, [B, H, T, S] of q's dtype, or None. Its rows start at multiples of 16 elements."""
-    (b, h, n_q, _), n_k = q.shape, k.shape[2]
+    """What is added to the scores, [B or 1, H or 1, T or 1, S] of q's dtype, or None; rows start at multiples of 16."""
+    n_q, n_k = q.shape[2], k.shape[2]
     if mask is None and not causal:
         return None
     if mask is not None and mask.dim() == 2:
         mask = mask[:, None, None]
-    size = (1, 1, n_q) if mask is None else (*mask.shape[:2], n_q)
-    bias = q.new_zeros(*size, -(-n_k // 16) * 16)[..., :n_k]
+    b, h, rows = (1, 1, n_q) if mask is None else mask.shape[:3]
+    bias = q.new_zeros(b, h, n_q if causal else rows, -(-n_k // 16) * 16)[..., :n_k]
     if mask is not None:
         bias = bias.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else bias.copy_(mask)
     if causal:
         later = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).triu(n_k - n_q + 1)
         bias.masked_fill_(later, -math.inf)
-    return bias.expand(b, h, n_q, n_k)
+    return bias
 
 
-def _expanded(k, q):
-    """[B, Hk, S, D] -> [B, H, S, D]"""
-    return k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+def _heads(q, k, v, bias):
+    """The same with as many heads of k and v as of q, and a bias for each score, most of it expanded."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return q, k, v, None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
 
 
 def _grouped(d, k):
