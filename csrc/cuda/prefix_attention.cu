@@ -14,7 +14,7 @@ namespace {
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr int BM = PREFIX_BLOCK_T, BN = PREFIX_BLOCK_P;
-static_assert(BM == 16 * WARPS);
+static_assert(BM == 16 * WARPS && BN == 32);
 constexpr int COLUMNS = PREFIX_COLUMNS;
 constexpr float NONE = -INFINITY;  // L where nothing is seen
 template <class T>
@@ -36,6 +36,16 @@ __host__ __device__ constexpr int row_elements(int D) {
 }
 
 // ---- where things lie ----
+
+// The number of a program in mixed radix, from its last digit on.
+struct Digits {
+  int rest;
+  __device__ __forceinline__ int next(int n) {
+    const int digit = rest % n;
+    rest /= n;
+    return digit;
+  }
+};
 
 __device__ __forceinline__ int within(int64_t v, int end) { return v < 0 ? 0 : v < end ? (int)v : end; }
 
@@ -226,6 +236,24 @@ __device__ __forceinline__ float over_rows(float v) {  // of the eight that shar
   v += shuffle_xor(v, 4);
   v += shuffle_xor(v, 8);
   return v + shuffle_xor(v, 16);
+}
+
+// Thread p < BN gets the sum of column p over all rows of the block's lanes, by way of shared memory.
+__device__ __forceinline__ float over_block(const float (&columns)[BN / 8][2]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float* sums = shared_memory<float>();  // [WARPS, BN], once the tiles are used
+#pragma unroll
+  for (int n = 0; n < BN / 8; ++n)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float sum = over_rows(columns[n][j]);
+      if (lane < 4) sums[warp * BN + n * 8 + lane * 2 + j] = sum;
+    }
+  __syncthreads();
+  float total = 0.0f;
+  for (int w = 0; w < WARPS && threadIdx.x < BN; ++w) total += sums[w * BN + threadIdx.x];
+  __syncthreads();
+  return total;
 }
 
 // out[t, c] = from[t, c] · factors[row] + acc[row, c] for `columns` of them from c0 on, by way of shared memory so that
@@ -489,14 +517,9 @@ __global__ void __launch_bounds__(THREADS) grad_gates_kernel(PrefixAttentionGrad
   T* k_tile = grad_tile + BM * ld;  // [BN, D]
   T* v_tile = k_tile + BN * ld;     // [BN, D]
   const int tiles = ceil_div(x.T, BM);
-  int i = blockIdx.x;
-  const auto next = [&](int n) {
-    const int digit = i % n;
-    i /= n;
-    return digit;
-  };
-  const int part = next(d.parts), tile_p = next(ceil_div(d.p, BN)), tile_t = next(d.t == 1 ? 1 : tiles);
-  const int at_h = next(d.h), at_b = i;
+  Digits program{(int)blockIdx.x};
+  const int part = program.next(d.parts), tile_p = program.next(ceil_div(d.p, BN));
+  const int tile_t = program.next(d.t == 1 ? 1 : tiles), at_h = program.next(d.h), at_b = program.rest;
   const int sum_t = d.t == 1 ? tiles : 1, sum_h = d.h == 1 ? x.H : 1, sum_b = d.b == 1 ? x.B : 1;
   float acc_k[BN / 8][4] = {}, acc_v[BN / 8][4] = {};
   for (int item = part; item < sum_b * sum_h * sum_t; item += d.parts) {
@@ -521,8 +544,7 @@ __global__ void __launch_bounds__(THREADS) grad_gates_kernel(PrefixAttentionGrad
       __syncthreads();
     }
   }
-  float* sums = shared_memory<float>();  // [WARPS, BN], now that the tiles are used
-  const auto store = [&](float* partial, float (&acc)[BN / 8][4], float factor) {
+  const auto store = [&](float* partial, const float (&acc)[BN / 8][4]) {
     float* out = partial + (((int64_t)part * d.b + at_b) * d.h + at_h) * d.t * d.p;
     if (d.t != 1) {
 #pragma unroll
@@ -534,36 +556,29 @@ __global__ void __launch_bounds__(THREADS) grad_gates_kernel(PrefixAttentionGrad
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const int p = tile_p * BN + n * 8 + lane % 4 * 2 + j;
-            if (d.p != 1 && t < d.t && p < d.p) out[(int64_t)t * d.p + p] = acc[n][r * 2 + j] * factor;
+            if (d.p != 1 && t < d.t && p < d.p) out[(int64_t)t * d.p + p] = acc[n][r * 2 + j];
             total += acc[n][r * 2 + j];
           }
         total = over_quad(total);
-        if (d.p == 1 && t < d.t && lane % 4 == 0) out[t] = total * factor;
+        if (d.p == 1 && t < d.t && lane % 4 == 0) out[t] = total;
       }
       return;
     }
+    float columns[BN / 8][2];
 #pragma unroll
-    for (int n = 0; n < BN / 8; ++n)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float total = over_rows(acc[n][j] + acc[n][j + 2]);
-        if (lane < 4) sums[warp * BN + n * 8 + lane * 2 + j] = total;
-      }
-    __syncthreads();
+    for (int n = 0; n < BN / 8; ++n) columns[n][0] = acc[n][0] + acc[n][2], columns[n][1] = acc[n][1] + acc[n][3];
+    float total = over_block(columns);
+    const int p = tile_p * BN + threadIdx.x;
     if (d.p == 1) {
-      float total = 0.0f;
-      for (int j = 0; threadIdx.x == 0 && j < WARPS * BN; ++j) total += sums[j];
-      if (threadIdx.x == 0) out[0] = total * factor;
-    } else if (threadIdx.x < BN && tile_p * BN + threadIdx.x < d.p) {
-      float total = 0.0f;
-      for (int w = 0; w < WARPS; ++w) total += sums[w * BN + threadIdx.x];
-      out[tile_p * BN + threadIdx.x] = total * factor;
+      total = over_rows(over_quad(total));  // thread 0's warp has all columns
+      if (threadIdx.x == 0) out[0] = total;
+    } else if (threadIdx.x < BN && p < d.p) {
+      out[p] = total;
     }
-    __syncthreads();
   };
-  if (d.gate_k) store(d.gate_k, acc_k, 1.0f);
-  if (d.gate_v) store(d.gate_v, acc_v, 1.0f);
-  if (d.delta) store(d.delta, acc_v, 1.0f);
+  if (d.gate_k) store(d.gate_k, acc_k);
+  if (d.gate_v) store(d.gate_v, acc_v);
+  if (d.delta) store(d.delta, acc_v);
 }
 
 // ---- the gradient of the prefix ----
@@ -596,14 +611,9 @@ __global__ void __launch_bounds__(THREADS) grad_prefix_kernel(PrefixAttentionGra
   float* to_k = (float*)(v_tile + BN * ld);  // [rows, BN]: weights of q in dpk
   float* to_v = to_k + rows * WEIGHTS_LD;    // of do in dpv
   const int tiles = ceil_div(x.T, rows), prefixes = x.offsets ? 1 : x.A;
-  int i = blockIdx.x;
-  const auto next = [&](int n) {
-    const int digit = i % n;
-    i /= n;
-    return digit;
-  };
-  const int part = next(d.parts), h = next(x.H), c0 = next(ceil_div(x.D, COLUMNS)) * COLUMNS;
-  const int first = next(ceil_div(x.P, BN)) * BN, a = i, group = x.H / x.Hk;
+  Digits program{(int)blockIdx.x};
+  const int part = program.next(d.parts), h = program.next(x.H), c0 = program.next(ceil_div(x.D, COLUMNS)) * COLUMNS;
+  const int first = program.next(ceil_div(x.P, BN)) * BN, a = program.rest, group = x.H / x.Hk;
   const int columns = x.D - c0 < COLUMNS ? x.D - c0 : COLUMNS;
   load_tile(k_tile, ld, at(x.k, a, h / group, first), x.k.dtype, x.k.stride_p, x.P - first, x.D, BN);
   load_tile(v_tile, ld, at(x.v, a, h / group, first), x.v.dtype, x.v.stride_p, x.P - first, x.D, BN);
@@ -655,19 +665,9 @@ __global__ void __launch_bounds__(THREADS) grad_prefix_kernel(PrefixAttentionGra
     }
   if (!d.log_bias || c0) return;
   __syncthreads();
-  float* sums = shared_memory<float>();  // [WARPS, BN]
-#pragma unroll
-  for (int n = 0; n < BN / 8; ++n)
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float total = over_rows(bias[n][j]);
-      if (lane < 4) sums[warp * BN + n * 8 + lane * 2 + j] = total;
-    }
-  __syncthreads();
-  if (threadIdx.x >= BN || first + threadIdx.x >= x.P) return;
-  float total = 0.0f;
-  for (int w = 0; w < WARPS; ++w) total += sums[w * BN + threadIdx.x];
-  d.log_bias[(((int64_t)part * prefixes + a) * x.H + h) * x.P + first + threadIdx.x] = total;
+  const float total = over_block(bias);
+  if (threadIdx.x < BN && first + threadIdx.x < x.P)
+    d.log_bias[(((int64_t)part * prefixes + a) * x.H + h) * x.P + first + threadIdx.x] = total;
 }
 
 __global__ void grad_out_kernel(PrefixAttentionGradOutCuda d) {  // a program for each of [A, H]
