@@ -310,7 +310,7 @@ def test_any_size_of_heads():
 @every_backend
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("empty", ["B", "T", "S", "P", "S and P", "P of flat ones"])
+@pytest.mark.parametrize("empty", ["B", "H", "T", "S", "P", "S and P", "P of flat ones"])
 def test_sizes_of_zero(backend, empty, mode, p):
     sizes = {"B": 2, "H": 4, "Hk": 2, "T": 3, "S": 5, "D": 16, "P": 4}
     for name in empty.removesuffix(" of flat ones").split(" and "):
