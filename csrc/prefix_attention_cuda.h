@@ -39,7 +39,7 @@ struct PrefixGateCuda {
 
 struct PrefixAttentionCuda {
   int dtype, B, H, Hk, T, D, A, P;
-  int longest;  // positions of a prefix that are seen at most: flat ones' gates have no more
+  int longest;  // positions that gates have; a row with a longer prefix has NaN for o and L
   HeadsCuda q;
   PrefixRowsCuda k, v;
   PrefixGateCuda gate_k, gate_v, log_bias, gate_out;

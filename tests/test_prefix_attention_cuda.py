@@ -112,6 +112,13 @@ def test_an_index_out_of_range(backend, kind):
         assert torch.equal(got[name], alone[name]), name
 
 
+def test_a_flat_prefix_longer_than_its_gates_makes_its_rows_nan(backend):
+    tensors, options = problem((3, 2, 1, 5, 5, 16, 4), torch.float32, index=[0, 1, 2], kind="flat", gates=(1, 1, 1, 3))
+    got = run(prefix_attention, tensors, options, torch.randn(tensors["q"].shape))
+    assert got["o"][0].isnan().all() and not got["o"][1:].isnan().any()
+    assert not any(got[name].isnan().any() for name in ("prefix_k", "prefix_v", "gate_k", "gate_v", "log_bias"))
+
+
 def test_fp16_keeps_its_range(backend):
     """ds of more than fp16 holds: dpk is float32, and dq small enough by way of a small pk."""
     q, k, v, do = (torch.randn(1, 1, 9, 16).half() for _ in range(4))
@@ -160,7 +167,7 @@ def guarded():
 @pytest.mark.parametrize("mode", MODES)
 def test_reads_and_writes_stay_inside(backend, guarded, mode, kind, d, gap):
     """Every operand ends at a page that may not be touched; lengths, offsets and an index that lie are no reason to."""
-    b, h, t, p, separate = 4, 2, 5, 6, mode == "separate"
+    b, h, t, p, separate = 4, 2, 5, 7, mode == "separate"
     total = 11 if kind == "flat" else p
     many = (1, total) if kind == "flat" else (2, 1, total)
     q, o, do, dq = (guarded(torch.randn(b, h, t, d).bfloat16(), gap) for _ in range(4))

@@ -53,7 +53,7 @@ __device__ __forceinline__ int within(int64_t v, int end) { return v < 0 ? 0 : v
 // inside what there is.
 struct Own {
   int a = -1, start = 0, length = 0;
-  bool unknown = false;  // an index out of range
+  bool unknown = false;  // an index out of range, or fewer gates than positions
 
   __device__ __forceinline__ Own(const PrefixAttentionCuda& d, int b) {
     const int row = d.index ? d.index[b] : 0;
@@ -62,7 +62,9 @@ struct Own {
     a = row;
     int end = d.P;
     if (d.offsets) start = within(d.offsets[a], d.P), end = within(d.offsets[a + 1], d.P);
-    length = within(end - start, d.longest);
+    length = end < start ? 0 : end - start;
+    unknown = length > d.longest;
+    if (unknown) length = 0;
     if (d.lengths) length = within(d.lengths[a], length);
   }
 };
