@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "../philox.h"
+#include "../tensor.h"
 
 #ifdef FASTPEFT_EMULATE
 #include "emulate.h"
@@ -135,6 +136,20 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, void* st
 
 namespace fastpeft {
 
+__device__ __forceinline__ float shuffle_xor(float v, int lanes) {
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  bits = shuffle_xor(bits, lanes);
+  memcpy(&v, &bits, 4);
+  return v;
+}
+
+__device__ __forceinline__ float load_any(const void* p, int64_t i, int dtype) {
+  return dtype == FLOAT32    ? ((const float*)p)[i]
+         : dtype == BFLOAT16 ? to_float(((const bf16*)p)[i])
+                             : to_float(((const f16*)p)[i]);
+}
+
 // ---- products with s, t, A and scale·B ----
 //
 // c [16, 8] += left [16, 16] · right [16, 8] by one warp, where x and dy are of T. With bf16 everything is. fp16's
@@ -173,6 +188,15 @@ template <>
 struct Right<f16> {
   uint32_t v[4];  // TF32: 2t, 2t + 1, 2t + 8, 2t + 9
 };
+// fp32 as the sum of two TF32 numbers: of the four products the smallest, 2^-22 of the whole, is left out.
+template <>
+struct Left<float> {
+  Left<f16> high, low;
+};
+template <>
+struct Right<float> {
+  Right<f16> high, low;
+};
 
 template <class T>
 __device__ __forceinline__ uint32_t pair_of(float low, float high) {
@@ -205,6 +229,24 @@ __device__ __forceinline__ void fill(Right<f16>& right, Values values) {
   for (int i = 0; i < 4; ++i) right.v[i] = tf32(values(i / 2 * 8 + i % 2));
 }
 
+// what TF32 leaves of v
+__device__ __forceinline__ float beyond_tf32(float v) {
+  const uint32_t bits = tf32(v) & ~0x1fffu;
+  float high;
+  memcpy(&high, &bits, 4);
+  return v - high;
+}
+template <class Values>
+__device__ __forceinline__ void fill(Left<float>& left, Values values) {
+  fill(left.high, values);
+  fill(left.low, [&](int row, int k) { return beyond_tf32(values(row, k)); });
+}
+template <class Values>
+__device__ __forceinline__ void fill(Right<float>& right, Values values) {
+  fill(right.high, values);
+  fill(right.low, [&](int k) { return beyond_tf32(values(k)); });
+}
+
 template <class T>
 __device__ __forceinline__ void multiply(float (&c)[4], const Left<T>& left, const Right<T>& right) {
   multiply(c, left.v, right.v[0], right.v[1], T());
@@ -213,6 +255,12 @@ template <>
 __device__ __forceinline__ void multiply(float (&c)[4], const Left<f16>& left, const Right<f16>& right) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) multiply_tf32(c, left.v[i], right.v[2 * i], right.v[2 * i + 1]);
+}
+template <>
+__device__ __forceinline__ void multiply(float (&c)[4], const Left<float>& left, const Right<float>& right) {
+  multiply(c, left.low, right.high);  // small terms first
+  multiply(c, left.high, right.low);
+  multiply(c, left.high, right.high);
 }
 
 // From a tile of T in shared memory whose rows are `ld` apart; TRANSPOSED: the tile is [k, 16]
@@ -237,6 +285,13 @@ __device__ __forceinline__ void load_left(Left<f16>& left, const f16* tile, int 
     }
   }
 }
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_left(Left<float>& left, const float* tile, int ld) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  fill(left, [&](int row, int k) {
+    return TRANSPOSED ? tile[(2 * t + k) * ld + g + row * 8] : tile[(g + row * 8) * ld + 2 * t + k];
+  });
+}
 // From rank-R operands
 __device__ __forceinline__ void load_left_ranks(Left<bf16>& left, const bf16* tile, int ld) {
   load_left<false>(left, tile, ld);
@@ -255,13 +310,27 @@ __device__ __forceinline__ void load_right(Right<bf16> (&right)[2], const bf16* 
                                           : tile + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
   right[0] = {{b[0], b[1]}}, right[1] = {{b[2], b[3]}};
 }
-template <bool TRANSPOSED>
-__device__ __forceinline__ void load_right(Right<f16> (&right)[2], const float* tile, int ld) {
+template <bool TRANSPOSED, class R>  // R: Right<f16> of rank-R operands, or Right<float>
+__device__ __forceinline__ void load_right(R (&right)[2], const float* tile, int ld) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     fill(right[i],
          [&](int k) { return TRANSPOSED ? tile[(2 * t + k) * ld + g + 8 * i] : tile[(g + 8 * i) * ld + 2 * t + k]; });
+}
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_right(Right<f16> (&right)[2], const f16* tile, int ld) {
+  Right<bf16> pairs[2];  // two bytes each, whatever they mean
+  load_right<TRANSPOSED>(pairs, (const bf16*)tile, ld);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      f16 pair[2];
+      memcpy(pair, &pairs[i].v[j / 2], 4);
+      const float wide = to_float(pair[j % 2]);  // exact in TF32
+      memcpy(&right[i].v[j], &wide, 4);
+    }
 }
 
 // The four random words of columns 4·block .. 4·block+3 of a row.
@@ -275,6 +344,18 @@ __device__ __forceinline__ void random_words(uint32_t (&c)[4], uint64_t seed, ui
     c[0] = (uint32_t)(p1 >> 32) ^ c[1] ^ k0, c[1] = (uint32_t)p1;
     c[2] = (uint32_t)(p0 >> 32) ^ c[3] ^ k1, c[3] = (uint32_t)p0;
   }
+}
+
+// Which of the lane's four elements of c [16, 8] dropout keeps, where c starts at `row` and `column`, a multiple of 4.
+// A block of 4 columns belongs to two lanes: each draws it for one of their two rows, and they swap halves.
+__device__ __forceinline__ void draw_kept(bool (&keep)[4], uint64_t seed, uint32_t threshold, int64_t row,
+                                          int64_t column, uint32_t projection) {
+  const int lane = threadIdx.x % 32, odd = lane % 2;
+  uint32_t w[4];
+  random_words(w, seed, (uint32_t)((column + lane % 4 / 2 * 4) / 4), (uint64_t)(row + lane / 4 + odd * 8), projection);
+  const uint32_t other0 = shuffle_xor(odd ? w[0] : w[2], 1), other1 = shuffle_xor(odd ? w[1] : w[3], 1);
+  keep[0] = (odd ? other0 : w[0]) >= threshold, keep[1] = (odd ? other1 : w[1]) >= threshold;
+  keep[2] = (odd ? w[2] : other0) >= threshold, keep[3] = (odd ? w[3] : other1) >= threshold;
 }
 
 }  // namespace fastpeft

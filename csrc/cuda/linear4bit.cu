@@ -18,12 +18,6 @@ struct WithBook {
   float unscale;  // the scales' factor that undoes the book's
 };
 
-__device__ __forceinline__ float load_any(const void* p, int64_t i, int dtype) {
-  return dtype == FLOAT32    ? ((const float*)p)[i]
-         : dtype == BFLOAT16 ? to_float(((const bf16*)p)[i])
-                             : to_float(((const f16*)p)[i]);
-}
-
 // A scale as it is stored, and what it means: apart, so that the loads can be under way long before.
 struct StoredScale {
   float value;    // fp32, or of 256 codes
@@ -135,12 +129,7 @@ constexpr size_t small_shared() {
 static_assert(small_shared<1, 4>() <= 99 << 10 && small_shared<4, 2>() <= 99 << 10, "what sm_86 and sm_89 have");
 
 __device__ __forceinline__ float add_lane(float v, int lanes) {  // v + that of the lane `lanes` away
-  uint32_t bits;
-  float other;
-  memcpy(&bits, &v, 4);
-  bits = shuffle_xor(bits, lanes);
-  memcpy(&other, &bits, 4);
-  return v + other;
+  return v + shuffle_xor(v, lanes);
 }
 
 // scale[r] · b[n, r], rounded to what s lies in; 0 outside

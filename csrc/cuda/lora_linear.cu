@@ -354,17 +354,9 @@ __global__ void __launch_bounds__(THREADS) up_kernel(LoraLinearUpCuda d) {
 #pragma unroll
       for (int n = 0; n < UP_BC / 8; ++n) {
         bool keep[4] = {true, true, true, true};
-        if (d.dropout.keep_threshold) {
-          // a block of 4 columns belongs to two lanes: each draws it for one of their two rows, and they swap halves
-          const int odd = lane % 2;
-          uint32_t w[4];
-          random_words(w, (uint64_t)*d.dropout.seed, (uint32_t)((c0 + n * 8 + lane % 4 / 2 * 4) / 4),
-                       (uint64_t)(m0 + warp * 16 + lane / 4 + odd * 8), d.spans.index[i]);
-          const uint32_t other0 = shuffle_xor(odd ? w[0] : w[2], 1), other1 = shuffle_xor(odd ? w[1] : w[3], 1);
-          const uint32_t t = d.dropout.keep_threshold;
-          keep[0] = (odd ? other0 : w[0]) >= t, keep[1] = (odd ? other1 : w[1]) >= t;
-          keep[2] = (odd ? w[2] : other0) >= t, keep[3] = (odd ? w[3] : other1) >= t;
-        }
+        if (d.dropout.keep_threshold)
+          draw_kept(keep, (uint64_t)*d.dropout.seed, d.dropout.keep_threshold, m0 + warp * 16, c0 + n * 8,
+                    d.spans.index[i]);
         const float value = d.dropout.keep_threshold ? d.dropout.value : 1.0f;
 #pragma unroll
         for (int j = 0; j < 4; ++j) acc[n][j] += keep[j] ? term[n][j] * value : 0.0f, term[n][j] = 0.0f;
@@ -390,10 +382,7 @@ __global__ void __launch_bounds__(THREADS) up_kernel(LoraLinearUpCuda d) {
       for (int j = 0; j < n; ++j) values[j] = out[j];
     for (int j = 0; j < n; ++j) {
       float v = to_float(values[j]) + sums[r * UP_LDF + c + j];
-      if (d.bias.data)
-        v += d.bias.dtype == FLOAT32    ? ((const float*)d.bias.data)[c0 + c + j]
-             : d.bias.dtype == BFLOAT16 ? to_float(((const bf16*)d.bias.data)[c0 + c + j])
-                                        : to_float(((const f16*)d.bias.data)[c0 + c + j]);
+      if (d.bias.data) v += load_any(d.bias.data, c0 + c + j, d.bias.dtype);
       values[j] = from_float<T>(v);
     }
     if (chunked && n == CHUNK<T>)
@@ -404,12 +393,6 @@ __global__ void __launch_bounds__(THREADS) up_kernel(LoraLinearUpCuda d) {
 }
 
 // ---- pack, sum ----
-
-__device__ __forceinline__ float load_any(const void* p, int64_t i, int dtype) {
-  return dtype == FLOAT32    ? ((const float*)p)[i]
-         : dtype == BFLOAT16 ? to_float(((const bf16*)p)[i])
-                             : to_float(((const f16*)p)[i]);
-}
 
 __device__ __forceinline__ void store_any(void* p, int64_t i, int dtype, float v) {
   if (dtype == FLOAT32) ((float*)p)[i] = v;

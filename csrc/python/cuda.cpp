@@ -100,10 +100,12 @@ Scale Pass::scale(const Tensor& t, int64_t R) const {
   return {(const float*)t.data(), t.dim() ? t.stride(0) : 0};
 }
 
-CudaDropout Pass::dropout(double p, const Tensor& seed) const {
+CudaDropout Pass::dropout(double p, const Tensor& seed) const { return fastpeft::dropout(op, like, p, seed); }
+
+CudaDropout dropout(const char* op, const Tensor& like, double p, const Tensor& seed) {
   if (p == 0.0) return {nullptr, 0, 1.0f};
   if (!(p > 0.0 && p < 1.0)) throw py::value_error(text(op, ": p must be in [0, 1), got ", p));
-  on_device("seed", seed);
+  if (seed && !seed.same_device(like)) refuse(op, "seed", "on the other tensors' device", seed);
   if (!seed || seed.dim() != 0 || seed.dtype() != INT64) refuse(op, "seed", "[], int64", seed);
   const double threshold = ceil(p * 4294967296.0);
   return {(const int64_t*)seed.data(), threshold < 4294967295.0 ? (uint32_t)threshold : 4294967295u,
@@ -144,14 +146,16 @@ using namespace fastpeft;
 PYBIND11_MODULE(_cuda, m) {
   using namespace py::literals;
   m.doc() =
-      "Native CUDA kernels of fastpeft: see csrc/lora_linear_cuda.h and csrc/linear4bit_cuda.h for what they compute.";
+      "Native CUDA kernels of fastpeft: see csrc/lora_linear_cuda.h and its like, of other ops, for what they compute.";
   m.attr("build_id") = FASTPEFT_BUILD_ID;
   import_torch();
   m.def("set_allocator", set_allocator, "f"_a.none(true));
   define_lora_linear(m);
   define_linear4bit(m);
+  define_prefix_attention(m);
 }
 
 // The faces of the ops. One translation unit a module: pybind11's headers take 7 s of compiling in each.
 #include "linear4bit_cuda.cpp"
 #include "lora_linear_cuda.cpp"
+#include "prefix_attention_cuda.cpp"

@@ -39,6 +39,7 @@ struct Pass {
   void on_device(const char* argument, const Tensor& t) const;
 };
 
+CudaDropout dropout(const char* op, const Tensor& like, double p, const Tensor& seed);
 void check_device(const char* op, const char* argument, const Tensor& t);
 int multiprocessors(const Tensor& like);
 
@@ -71,5 +72,6 @@ class Launches {
 
 void define_lora_linear(py::module_& m);
 void define_linear4bit(py::module_& m);
+void define_prefix_attention(py::module_& m);
 
 }  // namespace fastpeft

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -25,3 +26,9 @@ def unfit(meta: Meta) -> str | None:
         if a_i.shape[0] > MAX_RANK:
             return f"a and b have rank {a_i.shape[0]}: it takes up to {MAX_RANK}"
     return None
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability."""
+    return torch.cuda.get_device_capability(device)

@@ -14,12 +14,14 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from ..backends import attention
 from ..backends.choice import choose
 from ..backends.cpu import prefix_attention as cpu
+from ..backends.cuda import prefix_attention as cuda
 from ..backends.torch import prefix_attention as by_torch
 from ..backends.triton import prefix_attention as triton
 from ..reference.prefix_attention import by_query, like_tokens, wide_dtype
 from ._op import define
 
-BACKENDS = {"cpu": cpu, "triton": triton, "torch": by_torch}
+# Of the two GPU backends, neither measured yet, the one that has tokens and prefix, and dropout, in one kernel comes first.
+BACKENDS = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": by_torch}
 
 
 def passes_for(meta, backend):

@@ -4,13 +4,11 @@ PyTorch's GEMM; over 4-bit weights the rank-R term goes into the kernel that dec
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from ... import native
 from .. import base, gemm
-from ..meta import Meta, unfit
+from ..meta import Meta, capability, unfit
 from .linear4bit import combine_4bit as combine_4bit
 from .linear4bit import fused as fused_4bit
 from .linear4bit import project_4bit as project_4bit
@@ -26,14 +24,9 @@ def can(meta: Meta) -> str | None:
         return native.why_not_cuda()
     if x.dtype == torch.float32:
         return "x is torch.float32: it takes bfloat16 and float16"
-    if _capability(x.device) < (8, 0):
+    if capability(x.device) < (8, 0):
         return "it takes GPUs from compute capability 8.0 on"
     return unfit(meta)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def down(x, a, p, seed):
