@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import subprocess
+import sys
 
 import _prefix
 import pytest
@@ -590,6 +592,17 @@ def test_models_that_take_no_prefix_are_refused():
                     max_position_embeddings=40, word_embed_proj_dim=16)  # fmt: skip
     refused(OPTModel(opt), config, "cannot be moved behind a prefix")
     refused(nn.Sequential(base_model("llama"), base_model("bert")), config, "several stacks of attention layers")
+
+
+def test_without_transformers_a_prefix_says_what_it_needs():
+    code = """
+import sys
+sys.modules["transformers"] = None
+import torch, fastpeft as fp
+fp.attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), fp.PrefixConfig(4))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ValueError: PrefixConfig: prefixes need transformers, which cannot be imported" in found.stderr
 
 
 def test_attention_outside_the_interface_is_refused():
