@@ -20,7 +20,7 @@ MOST_BYTES = 16 << 20  # of a header
 # Its quotes, commas and opening brackets: 18 a matrix, so 116,508 matrices. Python makes up to 100 bytes of one.
 MOST_SIGNS = 1 << 21
 MOST_DEPTH = 32  # objects and lists in one another
-MOST_DIGITS = 32  # characters of a number: a double has up to 24
+MOST_DIGITS = 32  # of a whole number, and its sign
 MOST_NAME = 512  # characters
 MOST_DIMS = 8
 
@@ -113,7 +113,8 @@ def encode(entries: Mapping[str, Entry], base: str | None, sha256: str) -> bytes
 
 def shown(name: str) -> str:
     """A name out of a file, safe to print."""
-    return ascii(name if len(name) <= 100 else name[:100] + "…")
+    text = ascii(name[:100])
+    return text if len(text) <= 102 >= len(name) else text[:100] + "..."
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def json_object(raw: bytes, most: int = MOST_DEPTH) -> dict[str, Any]:
-    """A JSON object in UTF-8: no key twice, no NaN or infinity, no endless number, no half of a surrogate pair."""
+    """A JSON object in UTF-8: no key twice, no number that is infinite or endless, no half of a surrogate pair."""
     brackets = np.frombuffer(_STRING.sub(b"", raw).translate(None, delete=_NO_BRACKETS), dtype=np.int8)
     depth = np.cumsum((brackets & 2) - 1, dtype=np.int32)  # the bit is set in [ and {, and not in ] and }
     if depth.max(initial=0) > most:
@@ -151,15 +152,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _number(digits: str) -> int | float:
-    if len(digits) > MOST_DIGITS:
+def _integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:  # int() takes a time that is quadratic in them
         raise ValueError(f"it has a number of over {MOST_DIGITS} characters")
-    value = float(digits) if set(digits) & set(".eE") else int(digits)
-    return value if math.isfinite(value) else _constant(digits)  # 1e999
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _constant(digits[:MOST_DIGITS])  # 1e999
 
 
 def _constant(word: str) -> float:
     raise ValueError(f"it has the number {word}, and numbers are finite")
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_number, parse_float=_number, parse_constant=_constant)
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_float=_float, parse_constant=_constant)

@@ -37,7 +37,7 @@ def tokens(q, k, v, causal, mask, p, seed, scale):
         o, lse = (found, of_keys) if o is None else _merged(o, lse, found, of_keys)
     if rows.start:  # T > S: the first queries see no key
         o, lse = _padded(o, rows.start, 0.0), _padded(lse[..., None], rows.start, -math.inf)[..., 0]
-    return o, lse
+    return o, lse.contiguous()
 
 
 def grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):

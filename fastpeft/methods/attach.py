@@ -118,12 +118,17 @@ def install(model: nn.Module, config: Any, name: str, heads: Collection[str] | N
         if p is not None
     ]
     sites = _enter(model, heads, name)
+    record = record_of(model)
+    before = record.active if record else None
     try:
+        if record:
+            _switch(record, None)  # a method may run the base: a prefix begins as real text
         adapter = method.attach(model, config, name)
     except BaseException:
         leave(model, sites, name)
+        if before is not None:
+            _switch(record, before)
         raise
-    record = record_of(model)
     if record is None:
         record = model.__dict__["_fastpeft"] = Record(flags)
         for module, key, flag in flags:

@@ -1,12 +1,12 @@
 """Prefixes: prefix tuning, P-tuning v2, Adaptive Prefix Tuning (APT) and LLaMA-Adapter, in models of transformers.
 
 `PrefixConfig` says what a prefix is and `nn.PrefixAttention` computes with it; `interop/attention.py` is how it gets into a
-model. Files are PEFT's `prompt_embeddings` [P, 2·L·Hk·D] where that can say all, else a tensor a layer and parameter.
+model. Files are PEFT's `prompt_embeddings` [P, 2·L·Hk·D] where that says all, else they have a tensor a layer and parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,13 +16,12 @@ from torch import nn
 
 from ..adapter_files import AdapterFileError
 from ..nn.prefix_attention import GATES, INITS, STYLES, PrefixAttention, Prefixes
+from . import peft_format
 from .sites import Adapter
 
 if TYPE_CHECKING:
     from ..adapter_files import AdapterFile
     from ..interop.attention import Host, Layer, Selection
-
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,6 @@ class PrefixConfig:
 
 
 Config = PrefixConfig
-HEADS = "base_model."  # PEFT puts the model itself there
 
 
 class PrefixAdapter(Adapter):
@@ -209,6 +207,10 @@ def prefix_rows(
 
 # ---- files --------------------------------------------------------------------------------------------------------------
 
+HEADS = "base_model."  # before the names of task heads: PEFT has the model itself there
+_SHAPE = ("num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads")
+_HONOURED = (*_SHAPE, "prefix_projection", "encoder_hidden_size", "init_weights", "modules_to_save")
+
 
 def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Tensor], str | None]:
     """(adapter_config.json, tensors, why the file is not PEFT's or None): PEFT's form where that can say all."""
@@ -232,7 +234,7 @@ def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Ten
         return described, {"prompt_embeddings": flat.detach()}, None
     own = {
         "method": config.method,
-        "version": VERSION,
+        "version": 1,
         "length": [0 if prefix is None else prefix.length for prefix in adapter.prefixes],
         "gates": config.gates,
         "style": config.style,
@@ -243,8 +245,7 @@ def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Ten
     for i, prefix in enumerate(adapter.prefixes):
         if prefix is not None:
             named = dict(zip(("prefix_k", "prefix_v"), prefix.keys_values()))
-            rest = prefix.state_dict(keep_vars=True)
-            named |= {key: rest[key] for key in _rest(config) if key in rest}
+            named |= {key: getattr(prefix, key) for key in _names(config)[2:]}
             tensors |= {f"layers.{i}.{key}": value.detach() for key, value in named.items()}
     return {"fastpeft": own}, tensors, reason
 
@@ -267,44 +268,46 @@ def _not_peft(adapter: PrefixAdapter) -> str | None:
 
 
 def from_file(model: nn.Module, file: AdapterFile) -> PrefixConfig:
-    """The config of a file of either form. AdapterFileError: what it asks for is not computed here."""
-    own, config = file.config.get("fastpeft"), file.config
-    if own is None and config.get("num_transformer_submodules") not in (None, 1):
-        got = config["num_transformer_submodules"]
-        raise AdapterFileError(
-            f"adapter_config.json: num_transformer_submodules must be 1 for a prefix, got {got!r:.200}"
-        )
-    fields = {"length", "gates", "style", "position_start", "log_bias"}
-    unknown = set() if own is None else set(own) - fields - {"method", "version", "modules_to_save"}
+    """The config of a file of either form. AdapterFileError: it asks for what is not computed here."""
+    config, own = file.config, file.config.get("fastpeft")
+    if own is None:
+        peft_format.refuse(config, _HONOURED, {"num_transformer_submodules": 1})  # 2: an encoder with a decoder
+        fields = {"length": config.get("num_virtual_tokens")}
+    else:
+        peft_format.refuse(config, ("fastpeft", "modules_to_save"), {})
+        fields = {key: value for key, value in own.items() if key not in ("method", "version")}
+    unknown = set(fields) - {"length", "gates", "style", "position_start", "log_bias"}
     if unknown:
         raise AdapterFileError(f"adapter_config.json: a prefix has no {', '.join(sorted(unknown))!r:.200}")
     try:
-        if own is None:
-            return PrefixConfig(length=config.get("num_virtual_tokens"))
-        return PrefixConfig(**{key: own[key] for key in fields if key in own})
+        return PrefixConfig(**fields, modules_to_save=peft_format.heads(model, config))
     except (TypeError, ValueError) as error:
-        raise AdapterFileError(f"adapter_config.json: {error}") from error
+        raise AdapterFileError(f"adapter_config.json: {error}") from None
 
 
-def expected(model: nn.Module, config: PrefixConfig, file_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def expected(model: nn.Module, config: PrefixConfig, file_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the tensors of a file."""
     host = _interop().find(model)
     lengths = config.lengths(len(host.layers))
     _start(host, config, lengths)
     if "fastpeft" not in file_config:
-        return {"prompt_embeddings": (lengths[0], sum(2 * layer.kv_heads * layer.head_dim for layer in host.layers))}
+        width = host.layers[0].kv_heads * host.layers[0].head_dim
+        for key, value in {"num_layers": len(host.layers), "token_dim": width}.items():
+            if file_config.get(key) not in (None, value):
+                got = file_config[key]
+                raise AdapterFileError(f"adapter_config.json: {key!r} must be {value} for this model, got {got!r:.200}")
+        return {"prompt_embeddings": (lengths[0], 2 * len(host.layers) * width)}
     shapes: dict[str, tuple[int, ...]] = {}
     for i, (layer, length) in enumerate(zip(host.layers, lengths)):
         if length:
-            for key in ("prefix_k", "prefix_v"):
-                shapes[f"layers.{i}.{key}"] = (layer.kv_heads, length, layer.head_dim)
-            known = {"token_gate": (length, layer.hidden_size), "layer_gate": (1,), "gate_out": (layer.heads,)}
-            known["log_bias"] = (length,)
-            shapes |= {f"layers.{i}.{key}": known[key] for key in _rest(config)}
+            keys = (layer.kv_heads, length, layer.head_dim)
+            known = {"prefix_k": keys, "prefix_v": keys, "token_gate": (length, layer.hidden_size), "layer_gate": (1,)}
+            known |= {"gate_out": (layer.heads,), "log_bias": (length,)}
+            shapes |= {f"layers.{i}.{key}": known[key] for key in _names(config)}
     return shapes
 
 
-def load(adapter: PrefixAdapter, tensors: dict[str, torch.Tensor]) -> None:
+def load(adapter: PrefixAdapter, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy a file's tensors, read as `expected` says, into an adapter attached by `from_file`'s config."""
     flat = tensors.get("prompt_embeddings")
     if flat is not None:
@@ -315,13 +318,14 @@ def load(adapter: PrefixAdapter, tensors: dict[str, torch.Tensor]) -> None:
         return
     for i, prefix in enumerate(adapter.prefixes):
         if prefix is not None:
-            own = {key: tensors[f"layers.{i}.{key}"] for key in ("prefix_k", "prefix_v", *_rest(adapter.config))}
-            prefix.load_state_dict(own)
+            prefix.load_state_dict({key: tensors[f"layers.{i}.{key}"] for key in _names(adapter.config)})
 
 
-def _rest(config: PrefixConfig) -> list[str]:
-    """The names of what a layer has beside its keys and values."""
+def _names(config: PrefixConfig) -> list[str]:
+    """The tensors of a layer in a file of ours."""
     have = {
+        "prefix_k": True,
+        "prefix_v": True,
         "token_gate": config.gates in ("token", "token+layer"),
         "layer_gate": config.gates in ("layer", "token+layer"),
         "gate_out": config.style == "llama_adapter",

@@ -136,7 +136,7 @@ def masks(q: Any, k: Any, is_causal: bool, key_padding_mask: Any, attn_mask: Any
     return attn_mask.reshape(full).expand(-1, -1, t, s)
 
 
-def number(q: Any, scale: Any, dropout_p: Any) -> float:
+def number(q: Any, scale: Any, dropout_p: Any) -> Any:
     """-> scale"""
     if not 0.0 <= dropout_p <= 1.0:
         _check.bad_value(OP, "dropout_p", "a probability in [0, 1]", dropout_p)
@@ -144,11 +144,11 @@ def number(q: Any, scale: Any, dropout_p: Any) -> float:
         return q.shape[-1] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         _check.bad_type(OP, "scale", "a number or None (1/√D)", scale)
-    return float(scale)
+    return scale
 
 
 def plain_memory(t: Any) -> Any:
-    """Nothing lazily negated or zero; the last dimension dense where it is one of vectors."""
+    """Nothing lazily negated or zero"""
     if t is None:
         return None
     t = t.resolve_neg()
@@ -158,8 +158,9 @@ def plain_memory(t: Any) -> Any:
 
 
 def dense_rows(t: Any) -> Any:
+    """The same, and vectors along the last dimension without gaps"""
     t = plain_memory(t)
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
 def _real(name: str, value: Any, q: Any) -> None:

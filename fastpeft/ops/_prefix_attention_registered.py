@@ -15,7 +15,7 @@ from ..backends import attention
 from ..backends.choice import choose
 from ..backends.cpu import prefix_attention as cpu
 from ..backends.torch import prefix_attention as by_torch
-from ..reference.prefix_attention import wide_dtype
+from ..reference.prefix_attention import by_query, like_tokens, wide_dtype
 from ._op import define
 
 BACKENDS = {"cpu": cpu, "torch": by_torch}
@@ -49,7 +49,7 @@ def _tokens(q, k, v, causal, mask, p, seed, scale, backend):
 
 
 def _tokens_fake(q, *rest):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype))
+    return by_query(q), q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype))
 
 
 def _token_flops(products):
@@ -116,7 +116,7 @@ def _forward(q, *rest):
 
 def _forward_fake(q, *rest):
     *_, o, lse, separate, p, seed, scale, backend = rest
-    return torch.empty_like(o), lse.new_empty(lse.shape) if separate else torch.empty_like(lse)
+    return like_tokens(o) if separate else torch.empty_like(o), torch.empty_like(lse)
 
 
 forward = define(

@@ -91,7 +91,11 @@ def prefix_attention(
     if trained_mask or dropout_p == 1.0 or transformed():
         return _by_definition(q, k, v, prefix, is_causal, mask, separate, dropout_p, seed, scale)
     q, k, v = map(check.dense_rows, (q, k, v))
-    prefix = (*map(check.dense_rows, prefix[:2]), *map(check.plain_memory, prefix[2:]))
+    prefix = (
+        *map(check.dense_rows, prefix[:2]),
+        *map(check.plain_memory, prefix[2:6]),
+        *map(check.dense_rows, prefix[6:]),
+    )
     mask = check.plain_memory(mask)
     numbers = is_causal, separate, dropout_p, scale
     plain = plain_call(q) and not q.is_meta
@@ -176,7 +180,7 @@ class PrefixAttention(torch.autograd.Function):
         o, o_x, lse, lse_p = forward(_passes(passes), q, k, v, prefix, mask, seed, causal, separate, p, scale)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        kept, ctx.watch = (o_x, None) if separate else _kept(o, plain=not isinstance(passes, str))
+        kept, o, ctx.watch = _apart(o_x if separate else o, o, plain=not isinstance(passes, str))
         ctx.save_for_backward(*tensors, kept, lse, lse_p)
         return o
 
@@ -192,9 +196,13 @@ class PrefixAttention(torch.autograd.Function):
         return None, *found, *(None,) * 5
 
 
-def _kept(o, plain):
-    """What backward reads of the output, which the caller may change in place, and a watch on that where none looks."""
-    return (o.data, Watch(o)) if plain else (o.clone(), None)
+def _apart(kept, o, plain):
+    """-> what backward will read; the output, which the caller may change in place; a watch on it where they share memory"""
+    if not plain:  # a policy of checkpointing, or a compiler, may keep what an op returned
+        return kept, o if is_compiling() and kept is not o else o.clone(), None
+    if o._is_view():  # of which autograd would allow no change
+        o = o.data
+    return (o.data, o, Watch(o)) if kept is o else (kept, o, None)
 
 
 def _gradients(call, needs, saved, do, watch):

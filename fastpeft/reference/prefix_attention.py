@@ -67,10 +67,10 @@ grad_fused = fused
 
 
 def tokens(q, k, v, causal, mask, p, seed, scale):
-    """-> o_x of the tokens alone, in q's order of dimensions, and lse [B, H, T]: −∞ (and o_x = 0) where none is seen"""
+    """-> o_x of the tokens alone, [B, T, H, D] in memory, and lse [B, H, T]: −∞ (and o_x = 0) where none is seen"""
     s = _token_scores(q, k, causal, mask, scale)
     lse = s.logsumexp(-1)
-    return torch.empty_like(q).copy_(weighted(drop(_weights(s, lse), p, seed, TOKENS), v)), lse
+    return by_query(q).copy_(weighted(drop(_weights(s, lse), p, seed, TOKENS), v)), lse
 
 
 def grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):
@@ -92,7 +92,7 @@ def forward(
     merged = lse_p if separate else torch.logaddexp(lse, lse_p)
     of_prefix = weighted(_times(drop(_weights(s, merged), p, seed, PREFIX), prefix.gate_v), prefix.values)
     if separate:
-        o = torch.empty_like(o).copy_(o + _times(of_prefix, prefix.gate_out))
+        o = like_tokens(o).copy_(o + _times(of_prefix, prefix.gate_out))
     else:
         o.copy_(o * _weights(lse[..., None], merged) + of_prefix)
     if prefix.bad is not None:
@@ -143,6 +143,16 @@ def backward(
     if needs[5]:
         d_c = _by_adapter((w * dw_by_c).sum((2, 3)), index, gate_out.shape[0])
     return d_k, d_v, d_gate_k, d_gate_v, d_bias, d_c
+
+
+def by_query(q):
+    """An empty [B, H, T, D] that is [B, T, H, D] in memory, and no view: the caller may change it in place"""
+    return torch.empty_permuted(q.shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)
+
+
+def like_tokens(o):
+    """An empty output for mode "separate": [B, T, H, D] in memory if the tokens' is, else [B, H, T, D]; in every backend"""
+    return by_query(o) if o.stride(1) < o.stride(2) else torch.empty_like(o, memory_format=torch.contiguous_format)
 
 
 # ---- scores and weights ----------------------------------------------------------------------------------------------
