@@ -98,7 +98,7 @@ def overheads(title: str, rows: list[Row]) -> Table:
 
 def training(rows: list[Row]) -> Table:
     full = of_kind(rows, "full")
-    ways = ("PEFT", "PEFT same dtype", OURS)
+    ways = next((tuple(row["losses"]) for row in of_kind(rows, "training")), ("PEFT", "PEFT same dtype", OURS))
     table = Table("Fine-tuning side by side", ["what", *ways, *(["full fine-tuning"] if full else [])])
 
     def add(*cells: str) -> None:
@@ -111,10 +111,10 @@ def training(rows: list[Row]) -> Table:
         add("first loss", *(f"{losses[w][0]:.4f}" for w in ways))
         last = max(1, len(losses["PEFT"]) // 5)
         add(f"mean of the last {last} losses", *(f"{sum(losses[w][-last:]) / last:.4f}" for w in ways))
-        add("largest |Δloss| to PEFT", "0", f"{gaps['PEFT same dtype']:.5f}", f"{gaps[OURS]:.5f}")
+        add("largest |Δloss| to PEFT", "0", *(f"{gaps[w]:.5f}" if w in gaps else "-" for w in ways[1:]))
         if samples is not None and samples.kept:
-            times = [short(samples.ratio(w, OURS).as_json()) for w in ways[:2]]
-            add("time a step, optimizer too, over fastpeft's", *times, "1", *(short(f["time"]) for f in full[:1]))
+            times = ["1" if w == OURS else short(samples.ratio(w, OURS).as_json()) for w in ways]
+            add("time a step, optimizer too, over fastpeft's", *times, *(short(f["time"]) for f in full[:1]))
         stored = [f"{row['stored_bytes'][w] / 1e6:.1f} MB" for w in ways]
         add(
             "bytes to store per task",

@@ -1,0 +1,146 @@
+"""The prefix suite on tiny cases and models: no time is asserted, nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("bitsandbytes")
+
+from _bench_rows import tiny_llama
+
+import fastpeft as fp
+from benches import cli
+from benches import prefix_attention as op
+from benches.kit import measure, rounds
+from benches.kit.attention import CONCATENATION, FLEX, GATED_RECIPE, RECIPE
+from benches.kit.case import BOTH, FORWARD, OURS, TIME, Limit
+from benches.kit.rounds import FROZEN
+from benches.suites import main_job, prefix, prefix_job
+
+SHAPE = (3, 4, 2, 16)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, one_thread):
+    monkeypatch.setattr(measure.machine, "rates", lambda dtype, device: (1e11, 1e10))
+    monkeypatch.setattr(op, "ring_length", lambda size: 2)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("direction", [FORWARD, BOTH])
+@pytest.mark.parametrize("gates", [None, op.TOKEN, op.QUERY])
+@pytest.mark.parametrize("what", [op.DECODER, op.ENCODER])
+def test_rows_are_checked_against_float64(what, gates, direction, dtype):
+    (row,) = measure.measure(op, op.Case(21, 5, dtype, direction, gates, what, SHAPE), 0.0)
+    expected = {RECIPE, CONCATENATION, "composition", OURS} | ({GATED_RECIPE} if gates == op.TOKEN else set())
+    assert not row["wrong"] and set(row["error"]) == expected == set(row["over"]), row["error"]
+    assert len(row["error"][OURS]) == (1 if direction == FORWARD else 6 if gates is None else 7)
+    json.dumps(row)
+
+
+def test_tokens_are_decoded_from_caches_in_turn():
+    case = op.Case(1, 5, direction=FORWARD, what=op.DECODE, shape=SHAPE, s=30)
+    (row,) = measure.measure(op, case, 0.0)
+    assert not row["wrong"] and set(row["error"]) == {RECIPE, "composition", OURS}
+    first, second = op.Inputs.make(case, "cpu").caches
+    assert first.k.data_ptr() != second.k.data_ptr() and first.k.equal(second.k)
+
+
+def test_dropout_is_timed_and_not_checked():
+    (row,) = measure.measure(op, op.Case(21, 5, what=op.DROPOUT, shape=SHAPE), 0.0)
+    assert set(row["time"]) == {FROZEN, RECIPE} and not row["error"]
+
+
+def test_flex_attention_computes_the_same():
+    """It is compiled: one row, forward alone."""
+    (row,) = measure.measure(op, op.Case(21, 5, "fp32", FORWARD, shape=SHAPE, compiled=True), 0.0)
+    assert not row["wrong"] and (FLEX in row["error"] or FLEX in row["notes"])
+
+
+def test_a_wrong_result_is_found_where_gradients_are_missing_too(monkeypatch):
+    right = op.attention.recipe
+    monkeypatch.setattr(op.attention, "recipe", lambda q, *rest: right(q * 1.1, *rest))
+    limits = (Limit(TIME, RECIPE, 1.0),)
+    (row,) = measure.measure(op, op.Case(21, 5, "fp32", shape=SHAPE, limits=limits), 0.0)
+    assert set(row["wrong"]) == {RECIPE, GATED_RECIPE} and row["targets"][0]["verdict"] == "wrong result"
+
+
+def test_cases_have_no_doubles_and_targets_are_what_was_asked():
+    cases = op.target_cases() + op.sweep_cases()
+    assert len({case.name for case in cases}) == len(cases)
+    assert all(case.limits for case in op.target_cases())
+    limits = {(c.t, c.direction): [limit.value for limit in c.limits] for c in op.target_cases() if c.t >= 1024}
+    assert limits[1024, FORWARD] == [1.04 + 64 / 1024] and limits[2048, FORWARD] == [1.02 + 64 / 2048]
+    assert limits[1024, BOTH] == [1 / 1.3, 1.0] and limits[2048, BOTH] == [1 / 1.5, 1.0]
+    assert all(case.limits for case in op.gpu_cases()[0])
+
+
+def test_the_floor_counts_the_visible_pairs_alone():
+    case = op.Case(4, 3, direction=FORWARD, shape=(1, 1, 1, 1))
+    assert op.cost(case).flops == 4 * (10 + 12) and op.cost(case).extra_flops == 4 * 12
+    assert op.cost(replace(case, direction=BOTH)).flops == 14 * (10 + 12)
+    assert op.cost(replace(case, t=1, s=9, what=op.DECODE)).flops == 4 * (9 + 3)
+
+
+def test_a_layer_keeps_no_copy_of_the_prefix_for_backward():
+    row = prefix.saved_by_a_layer("cpu", t=8)
+    assert [t["verdict"] for t in row["targets"]] == ["met"]
+    assert all(kept[OURS] < kept["PEFT"] for kept in row["bytes"].values())
+
+
+# --------------------------------------------------------------------------------------------------------- whole models
+
+
+def test_a_prefix_of_both_begins_as_the_same_function(tiny_model):
+    from benches.kit import smollm2
+
+    base = smollm2.load(tiny_model[0], torch.float32, "cpu")
+    ids = torch.randint(0, 64, (2, 16))
+    made = {way: prefix_job.build(way, base) for way in (FROZEN, *prefix_job.PREFIX.ways)}
+    losses = {way: model(input_ids=ids, labels=ids, use_cache=False).loss.item() for way, model in made.items()}
+    assert (
+        losses[OURS]
+        == pytest.approx(losses["PEFT"], rel=1e-5)
+        == pytest.approx(losses[prefix_job.PEFT_EAGER], rel=1e-5)
+    )
+    assert losses[OURS] != losses[FROZEN] != losses[prefix_job.APT]
+    assert not any(isinstance(module, fp.nn.PrefixAttention) for module in base.modules())
+    trained = {way: sum(p.numel() for p in main_job.trainable(model)) for way, model in made.items()}
+    assert trained[OURS] == trained["PEFT"] < trained[prefix_job.APT]
+
+
+def test_a_prefix_keeps_less_for_backward_than_pefts(tiny_model):
+    from benches.kit import smollm2
+
+    base = smollm2.load(tiny_model[0], torch.bfloat16, "cpu")
+    row = prefix_job.saved(base, torch.randint(0, 64, (2, 16)), label="tiny")
+    (kept,) = row["bytes"].values()
+    assert 0 <= kept[OURS] < kept["PEFT"] and row["targets"][0]["limit"] == 0.3
+
+
+def test_the_quick_prefix_suite_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rounds, "MOST", 3)
+    monkeypatch.setattr(rounds, "DELAY_LIMIT", math.inf)
+    monkeypatch.setattr(op, "target_cases", lambda: [op.Case(21, 5, shape=SHAPE)])
+    folder, text = tiny_model
+    where = ["--model", folder, "--text", text, "--out", str(tmp_path / "out")]
+    where += ["--parts", "training,step,others,kernels"]
+    assert cli.main(["--suite", "prefix", "--json", "--quick", "--time-budget", "60", *where]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["kind"] for row in rows] == ["training", "step", "saved bytes", "row", "saved bytes"]
+    training, step = rows[:2]
+    assert set(training["losses"]) == set(prefix_job.PREFIX.ways)
+    assert {"PEFT", OURS, prefix_job.APT} == set(step["over"]) and step["targets"][0]["limit"] == 1.05
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "How much faster is a training step?" in page and "Do the losses agree?" in page
