@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 SUITES = ("lora", "qlora", "prefix")
-PARTS = ("training", "step", "decode", "memory", "kernels", "others")
+PARTS = ("training", "accuracy", "step", "decode", "memory", "kernels", "others")
 PEER_NAMES = {
     "peft": "PEFT",
     "peft-same-dtype": "PEFT same dtype",

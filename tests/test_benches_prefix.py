@@ -17,11 +17,12 @@ from _bench_rows import tiny_llama
 import fastpeft as fp
 from benches import cli
 from benches import prefix_attention as op
-from benches.kit import measure, rounds
+from benches.kit import answers, measure, rounds, tables
 from benches.kit.attention import CONCATENATION, FLEX, GATED_RECIPE, RECIPE
 from benches.kit.case import BOTH, FORWARD, OURS, TIME, Limit
+from benches.kit.minilm import Reviews
 from benches.kit.rounds import FROZEN
-from benches.suites import main_job, prefix, prefix_job
+from benches.suites import encoder_job, main_job, prefix, prefix_job
 
 SHAPE = (3, 4, 2, 16)
 
@@ -127,6 +128,30 @@ def test_a_prefix_keeps_less_for_backward_than_pefts(tiny_model):
     row = prefix_job.saved(base, torch.randint(0, 64, (2, 16)), label="tiny")
     (kept,) = row["bytes"].values()
     assert 0 <= kept[OURS] < kept["PEFT"] and row["targets"][0]["limit"] == 0.3
+
+
+def test_an_encoder_is_fine_tuned_in_every_way_with_the_same_head():
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = BertModel(BertConfig(vocab_size=64, max_position_embeddings=64, **sizes))
+    data = Reviews([[i % 60 + 1] * (i % 9 + 2) for i in range(80)], [i % 2 for i in range(80)])
+    train, held_out = data.part(slice(40, None)), data.part(slice(40))
+    row = encoder_job.fine_tune(base, train, held_out, 0.0, steps=50, label="tiny", device="cpu")
+    assert row["steps"] == 3 and set(row["accuracy"]) == set(encoder_job.WAYS)
+    assert all(0 <= a <= 1 for a in (*row["accuracy"].values(), *row["train_accuracy"].values()))
+    assert row["stored_bytes"][OURS] == row["stored_bytes"]["PEFT"] > row["stored_bytes"][encoder_job.HEAD]
+    assert row["saved_bytes"][OURS] < row["saved_bytes"]["PEFT"]
+    models = [encoder_job.build(way, base).eval() for way in ("PEFT", OURS)]
+    ids, mask, _ = train.batch(list(range(9)), "cpu")
+    assert mask.sum() == sum(len(train.ids[i]) for i in range(9)) and torch.equal(ids == 0, ~mask)
+    first, second = (model(ids, mask) for model in models)
+    assert float((first - second).abs().max()) < 64 * torch.finfo(torch.float32).eps
+    stamped = {**json.loads(json.dumps(row)), "suite": "prefix"}
+    (answer,) = answers.answers([stamped])
+    assert answer.question == answers.ACCURACY and "held-out" in answer.sentence
+    (table,) = tables.all_tables([stamped])
+    assert table.header == ["what", *encoder_job.WAYS] and "held-out" in table.text()
 
 
 def test_the_quick_prefix_suite_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):

@@ -130,6 +130,28 @@ def training(rows: list[Row]) -> Table:
     return table
 
 
+def accuracy(rows: list[Row]) -> list[Table]:
+    """Of classifiers: a table each, a column a way."""
+    found = []
+    for row in of_kind(rows, "accuracy"):
+        table = Table(f"{row['key']}, {row['steps']} steps", ["what", *row["accuracy"]])
+        samples, ours = samples_of(row), row["saved_bytes"][OURS]
+        table.lines += [
+            [f"accuracy on {row['held_out']} held-out reviews", *(f"{a:.1%}" for a in row["accuracy"].values())],
+            ["on as many of those trained on", *(f"{a:.1%}" for a in row["train_accuracy"].values())],
+            [
+                "bytes kept for backward, over fastpeft's",
+                *(f"{kept / ours:.2f}" for kept in row["saved_bytes"].values()),
+            ],
+            ["bytes to store per task", *(f"{size / 1e6:.2f} MB" for size in row["stored_bytes"].values())],
+        ]
+        if samples is not None and samples.kept:
+            times = ("1" if way == OURS else short(samples.ratio(way, OURS).as_json()) for way in row["accuracy"])
+            table.lines.append(["time a step, optimizer too, over fastpeft's", *times])
+        found.append(table)
+    return found
+
+
 def sizes(rows: list[Row]) -> Table:
     table = Table("Bytes of the weights", ["weights", "bf16", "NF4", "NF4 + double quantisation", "how"])
     for row in of_kind(rows, "sizes"):
@@ -175,7 +197,7 @@ def all_tables(rows: list[Row], targets: bool = False) -> list[Table]:
     found = []
     for suite in dict.fromkeys(row["suite"] for row in rows):
         own = [row for row in rows if row["suite"] == suite]
-        found += [training(own), sizes(own)]
+        found += [training(own), *accuracy(own), sizes(own)]
         models = [row for row in own if row["kind"] in ("step", "decode")]
         found.append(compared("SmolLM2-135M or your model", models))
         found.append(overheads("A step and a token", models))

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from .. import prefix_attention as op
-from ..kit import smollm2
+from ..kit import minilm, smollm2
 from ..kit.case import OURS
 from ..kit.peers import PEFT
 from ..kit.rounds import FROZEN, Estimate
 from ..kit.runner import Run, Task
 from ..kit.saved import saved_bytes
 from ..kit.verdict import target
-from . import main_job, memory
+from . import encoder_job, main_job, memory
 from . import prefix_job as job
 from .jobs import kernels, of_dtype
 
@@ -28,7 +28,7 @@ def tasks(run: Run) -> list[Task]:
         cases = [case for case in cases if case.t <= 128]
     if not run.long:
         cases = [replace(case, compiled=False) for case in cases]
-    made = [*language_model(run), *kernels(run, op, cases, load=lambda case: op.cost(case).flops / 3e10)]
+    made = [*language_model(run), *encoder(run), *kernels(run, op, cases, load=lambda case: op.cost(case).flops / 3e10)]
     return [*made, Task("others", "saved bytes of a layer", 1, lambda s: [saved_by_a_layer(run.device)])]
 
 
@@ -64,6 +64,23 @@ def language_model(run: Run) -> list[Task]:
              row(lambda s: memory.memory(where, many, **peak)), lambda: 10 if quick else 30 + 40 * took[0]),
         Task("others", "saved bytes of a model", 5, row(lambda s: job.saved(base, ids, label=label))),
     ]  # fmt: skip
+
+
+def encoder(run: Run) -> list[Task]:
+    """Accuracy, time a step and bytes saved for backward of MiniLM on Rotten Tomatoes, in fp32 and with its dropout."""
+    if "accuracy" not in run.parts:
+        return []
+    base = minilm.load(torch.float32, run.device)
+    train, held_out = minilm.reviews()
+    steps = 4 if run.quick else 470 if run.long else 100  # 235: every review once
+    about = {"label": minilm.NAME, "device": run.device, "tick": run.tick}
+
+    def measured(seconds: float) -> list[dict[str, Any]]:
+        some = held_out.part(slice(100 if run.quick else None))
+        return [encoder_job.fine_tune(base, train, some, seconds, steps=steps, **about)]
+
+    seconds = 15 if run.quick else 2400 if run.long else 120
+    return [Task("accuracy", "an encoder on Rotten Tomatoes", seconds, measured)]
 
 
 def saved_by_a_layer(device: str, t: int = 256) -> dict[str, Any]:
