@@ -1,6 +1,6 @@
 """Prefix tuning of an encoder for classification: the same linear head on the mean of the last hidden states in every way.
 
-PEFT's way is its FEATURE_EXTRACTION model; its prefix and ours begin as the same keys and values.
+PEFT's way is its FEATURE_EXTRACTION model; all prefixes begin as the keys and values of the same text.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Classifier(nn.Module):
         return self.head((hidden * seen).sum(1).float() / seen.sum(1).float())
 
 
-def build(way: str, base: Any) -> Classifier:
-    encoder = prefix_job.build(FROZEN if way == HEAD else way, base, "FEATURE_EXTRACTION", LENGTH)
+def build(way: str, base: Any, start: list[int]) -> Classifier:
+    encoder = prefix_job.build(FROZEN if way == HEAD else way, base, start, "FEATURE_EXTRACTION", LENGTH)
     torch.manual_seed(0)  # the same head in every way
     return Classifier(encoder, base.config.hidden_size).to(base.device)
 
@@ -89,7 +89,8 @@ def fine_tune(
     tick: Tick = None,
 ) -> dict[str, Any]:
     """Each way in turn, a step of each, for `steps` steps or as many as `seconds` are enough for (at least 3)."""
-    models = {way: build(way, base).train() for way in WAYS}
+    start = [token for review in train.ids for token in review][:LENGTH]
+    models = {way: build(way, base, start).train() for way in WAYS}
     rounds = Rounds(WAYS, timer_for(device))
     ids, mask, _ = train.batch(list(range(ROWS)), device)
     kept = {way: saved_bytes(lambda m=model: m(ids, mask), list(model.parameters())) for way, model in models.items()}

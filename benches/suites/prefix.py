@@ -51,7 +51,8 @@ def language_model(run: Run) -> list[Task]:
         return lambda seconds: [{**measured(seconds), **about}]
 
     def train(seconds: float) -> dict[str, Any]:
-        found = main_job.train(base, batches, seconds, steps=steps, method=job.PREFIX, **common)
+        begin = many.flatten()[: job.LENGTH].tolist()
+        found = main_job.train(base, batches, seconds, steps=steps, method=job.method(begin), **common)
         took[0] = found.pop("seconds_a_step")
         return found
 
