@@ -25,7 +25,7 @@ from benches.kit.attention import CONCATENATION, FLEX, GATED_RECIPE, RECIPE
 from benches.kit.case import BOTH, FORWARD, OURS, TIME, Limit
 from benches.kit.minilm import Reviews
 from benches.kit.rounds import FROZEN
-from benches.suites import encoder_job, main_job, prefix, prefix_job
+from benches.suites import encoder_job, main_job, memory, prefix, prefix_job
 
 SHAPE = (3, 4, 2, 16)
 
@@ -158,6 +158,11 @@ def test_an_encoder_is_fine_tuned_in_every_way_with_the_same_head():
     assert answer.question == answers.ACCURACY and "held-out" in answer.sentence
     (table,) = tables.all_tables([stamped])
     assert table.header == ["what", *encoder_job.WAYS] and "held-out" in table.text()
+
+
+def test_a_memory_worker_builds_the_model_of_its_job(tiny_model):
+    found = memory.memory_worker(OURS, tiny_model[0], "float32", "cpu", "[[1, 2, 3, 4, 5, 6, 7, 8]]", "prefix_job")
+    assert found["trainable_bytes"] == 2 * 2 * prefix_job.LENGTH * 32 * 4  # layers, keys and values, P, Hk·D, fp32
 
 
 def test_the_quick_prefix_suite_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):

@@ -60,9 +60,9 @@ def language_model(run: Run) -> list[Task]:
     return [
         Task("training", "fine-tuning side by side", 20 if quick else 600 if long else 90, row(train)),
         Task("step", "training step", 20 if quick else 1200 if long else 60,
-             row(lambda s: job.step(base, ids, s, label=label, **common)), lambda: (6 if quick else 24) * took[0]),
+             row(lambda s: job.step(base, ids, s, label=label, **common)), lambda: (10 if quick else 44) * took[0]),
         Task("memory", "peak memory", 25 if quick else 240 if long else 60,
-             row(lambda s: memory.memory(where, many, **peak)), lambda: 10 if quick else 30 + 40 * took[0]),
+             row(lambda s: memory.memory(where, many, **peak)), lambda: 20 if quick else 30 + 64 * took[0]),
         Task("others", "saved bytes of a model", 5, row(lambda s: job.saved(base, ids, label=label))),
     ]  # fmt: skip
 
