@@ -55,7 +55,7 @@ warn_if_ignored()
 
 
 def apply(model: torch.nn.Module) -> Report:
-    """Put the LoRA layers of a Hugging Face PEFT model on fastpeft's kernels, in place.
+    """Put the LoRA layers of a Hugging Face PEFT model, or its prefix tuning, on fastpeft's kernels, in place.
 
     Parameters, their names, `state_dict` keys and optimizers stay valid. A layer that has no fast path runs PEFT's own
     code, and the report says why. Calling it again is harmless. Use it before `fully_shard` (FSDP2).
@@ -63,6 +63,9 @@ def apply(model: torch.nn.Module) -> Report:
     QLoRA: a bitsandbytes base becomes a `fastpeft.nn.Linear4bit` with the same bytes, state_dict keys and values, and its
     frozen weight a new Parameter; `revert` and PEFT's `unload` give a bitsandbytes layer back. Merging into 4 bits rounds
     (`base_layer.merge_error`), and unmerging restores the original bits.
+
+    Prefix tuning: the attention layers read the prompt where PEFT has it, so that gradient checkpointing, static caches and
+    classifiers work.
 
     Raises:
         ValueError: the model holds no PEFT layer; it is left untouched.
@@ -130,7 +133,7 @@ def attach(model: torch.nn.Module, config: LoraConfig | PrefixConfig, name: str 
 
     Args:
         model: any module without PEFT's wrappers; transformers need not be there.
-        config: `fp.LoraConfig` or `fp.PrefixConfig`.
+        config: `fp.LoraConfig`, or `fp.PrefixConfig` for a model of transformers.
         name: without dots; several adapters may be attached, one of them active.
 
     Raises:

@@ -142,9 +142,14 @@ def _find(
 
 def matches(pattern: str, name: str) -> bool:
     """Whether one or more whole components of a dotted name, side by side, match."""
-    parts = name.split(".")
-    ends = range(1, len(parts) + 1)
-    return any(fnmatchcase(".".join(parts[start:end]), pattern) for end in ends for start in range(end))
+    return any(fnmatchcase(part, pattern) for part in parts(name))
+
+
+def parts(name: str, ends_only: bool = False) -> Iterator[str]:
+    """One or more whole components of a dotted name, side by side; or the last ones."""
+    all_of = name.split(".")
+    for end in (len(all_of),) if ends_only else range(1, len(all_of) + 1):
+        yield from (".".join(all_of[start:end]) for start in range(end))
 
 
 _EXPERTS = "a parameter of three dimensions, no linear layer (the experts of a mixture?)"

@@ -99,7 +99,8 @@ def test_a_site_answers_as_its_layer():
     with pytest.raises(AttributeError):
         _ = site.nothing_of_this_name
     assert not hasattr(site, "compute_dtype")
-    assert attached("bert").classifier.out_features == 3
+    head = attached("bert").classifier
+    assert head.out_features == 3 and head.weight is head.adapters["default"].weight
 
 
 def test_the_head_of_a_task_is_a_copy_for_every_adapter():
@@ -506,6 +507,7 @@ def test_names():
     _refused(model, "no dot", name="a.b")
     _refused(model, "no dot", name="")
     _refused(model, "attribute of nn.ModuleDict", name="keys")
+    _refused(model, "attribute of nn.ModuleDict", name="training")
     fp.attach(model, fp.LoraConfig(r=2), "other")
     for call in (fp.detach, fp.activate):
         with pytest.raises(ValueError, match="name must be one of 'default', 'other', got 'third'"):
@@ -533,7 +535,7 @@ def test_arguments_of_other_types():
     ("field", "value"),
     [
         ("r", 0), ("r", True), ("r", 2.0), ("alpha", float("nan")), ("alpha", 10**60), ("alpha", "1"), ("dropout", 1.0),
-        ("dropout", -0.1), ("targets", "q_proj"), ("targets", [1]), ("modules_to_save", None), ("rslora", 1),
+        ("dropout", -0.1), ("targets", "q_proj"), ("targets", ()), ("targets", [1]), ("modules_to_save", None), ("rslora", 1),
     ],
 )  # fmt: skip
 def test_a_config_checks_itself(field, value):

@@ -322,6 +322,28 @@ def test_attention_dropout_is_for_training():
 # ---- training and tools ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"gates": "token+layer"}, {"style": "llama_adapter"}, {"mlp": 8}], ids=str)
+def test_trains_from_its_defaults(kind, options):
+    """30 steps fit one batch better by a tenth at least; what is trained is the prefix, and a task head."""
+    model = base_model(kind)
+    fp.attach(model, fp.PrefixConfig(8, **options))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(NAME in name or "classifier" in name for name in trained)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer, inputs, losses = torch.optim.Adam(trained.values(), lr=0.03), batch(kind), []
+    labels = inputs["input_ids"] if kind in CAUSAL else torch.tensor([0, 1, 0])
+    for _ in range(30):
+        loss = model(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0], losses
+    same = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert same == set(before) - set(trained)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "vit"])
 def test_gradient_checkpointing(kind, reentrant):
@@ -616,6 +638,7 @@ def test_configs_that_do_not_fit_are_refused():
         ({"init": "ones"}, "init must be 'random', 'zeros' or token ids"),
         ({"length": 3, "init": [1, 2]}, r"init must be token ids \[P\] = \[3\]"),
         ({"length": 2, "init": [1, 2], "mlp": 4}, "init must be 'random' or 'zeros' with an MLP"),
+        ({"style": "llama_adapter", "init": "zeros"}, "init must be 'random' or token ids with style 'llama_adapter'"),
         ({"position_start": -1}, "position_start must be None or an int"),
         ({"log_bias": 1}, "log_bias must be True or False"),
     ],
@@ -630,5 +653,9 @@ def test_another_attention_while_a_prefix_is_active_is_an_error():
     model.set_attn_implementation("eager")
     with pytest.raises(RuntimeError, match="set to 'eager' while a prefix is active"):
         model(**batch("bert"))
+    fp.activate(model, None)
+    assert model.config._attn_implementation == "eager"
+    fp.activate(model, "default")
+    model(**batch("bert"))
     fp.detach(model)
     assert model.config._attn_implementation == "eager"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import _ranks
@@ -27,6 +28,11 @@ def test_ddp_and_fsdp2_have_the_gradients_of_one_process(ranks):
         for kind in KINDS:
             for how in ("ddp", "fsdp2", "fsdp2 checkpointed"):
                 assert_same(found[kind, how], found[kind, "alone"], found[kind, "single"], f"{kind} under {how}")
+
+
+def test_shards_are_saved_whole(ranks):
+    for found in ranks:
+        assert found["saved"] == [True, True]
 
 
 # ---- on the ranks ----------------------------------------------------------------------------------------------------
@@ -76,11 +82,29 @@ def found() -> dict:
     return results
 
 
+def saved(folder: Path) -> list[bool]:
+    """Whether the file is the one of before; an MLP's result, too."""
+    import _prefix
+
+    import fastpeft as fp
+
+    same = []
+    for config in (fp.PrefixConfig(4, mlp=6), fp.PrefixConfig((4, 3), gates="token+layer", style="llama_adapter")):
+        model = _prefix.base_model("llama")
+        fp.attach(model, config)
+        fp.save_adapter(model, folder / "whole")
+        fp.save_adapter(sharded(model, False), folder / "shards")
+        files = [folder / which / "adapter_model.safetensors" for which in ("whole", "shards")]
+        same.append(files[0].read_bytes() == files[1].read_bytes())
+    return same
+
+
 if __name__ == "__main__":
     import torch.distributed
 
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    torch.save(found(), sys.argv[1])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(found() | {"saved": saved(Path(folder))}, sys.argv[1])
     torch.distributed.destroy_process_group()

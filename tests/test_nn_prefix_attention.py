@@ -163,6 +163,7 @@ def test_a_full_mask_says_which_tokens_a_gate_averages():
         ({"gates": "head"}, "gates must be one of"),
         ({"style": "both"}, "style must be one of"),
         ({"init": "ones"}, "init must be one of"),
+        ({"style": "llama_adapter", "init": "zeros"}, "zeros behind g = 0 never train"),
         ({"gates": "token"}, "hidden_size is needed"),
         ({"mlp": 3}, "hidden_size is needed"),
     ],

@@ -32,6 +32,8 @@ def _runs(name: str) -> bool:
 
 HERE = [name for name in BACKENDS if _runs(name.split("-")[0])] + ON_GPU
 every_backend = pytest.mark.parametrize("backend", HERE, indirect=True)
+BEST = {name.partition("-")[0]: name for name in HERE[: -len(ON_GPU)] if name.count("-") < 2}  # instruction set
+one_of_each = pytest.mark.parametrize("backend", [*BEST.values(), *ON_GPU], indirect=True)
 
 MODES = ["joint", "separate"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -216,6 +218,7 @@ VARIANTS = {
     "additive mask": {"attn_mask": "additive"},
     "boolean mask": {"attn_mask": "boolean"},
     "mask of heads": {"attn_mask": "heads"},
+    "mask of keys": {"attn_mask": "keys"},
     "rows of three prefixes": {"index": [2, -1, 0]},
     "one prefix, not for all": {"index": [0, -1, 0], "adapters": 1},
     "ragged": {"kind": "ragged", "index": [1, 2, 1]},
@@ -234,9 +237,11 @@ def variant(name, dtype, mode, shape=(3, 4, 2, 11, 13, 32, 6), **more):
         heads = h if asked["attn_mask"] == "heads" else 1
         seen = torch.rand(b, heads, t, s) > 0.4
         seen[:, :, 2] = False  # a query that sees no token
+        if asked["attn_mask"] == "keys":
+            seen = seen[:, :, 3:4]
         asked["attn_mask"] = seen
         if VARIANTS[name]["attn_mask"] == "additive":
-            asked["attn_mask"] = torch.randn(t, s).masked_fill(~seen[0, 0], -math.inf)
+            asked["attn_mask"] = torch.randn(t, s, dtype=torch.float64).masked_fill(~seen[0, 0], -math.inf)
     tensors, options = problem(shape, dtype, mode, **asked)
     if adapters:
         for one in ("prefix_k", "prefix_v", "log_bias", "gate_out"):
@@ -262,7 +267,7 @@ def test_dropout_against_float64(backend, name, dtype, mode):
     check(*variant(name, dtype, mode, dropout_p=0.3, seed=2**40 + 12345))
 
 
-@every_backend
+@one_of_each
 @pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes_of_prefixes(backend, masters):
     """float64 ones run on the torch backend."""
@@ -305,7 +310,7 @@ def test_any_size_of_heads():
 @every_backend
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("empty", ["B", "T", "S", "P", "S and P", "P of flat ones"])
+@pytest.mark.parametrize("empty", ["B", "H", "T", "S", "P", "S and P", "P of flat ones"])
 def test_sizes_of_zero(backend, empty, mode, p):
     sizes = {"B": 2, "H": 4, "Hk": 2, "T": 3, "S": 5, "D": 16, "P": 4}
     for name in empty.removesuffix(" of flat ones").split(" and "):
@@ -344,7 +349,7 @@ def test_strides(backend, layout, mode):
     check(tensors, options)
 
 
-@every_backend
+@one_of_each
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", ["expanded", "stride 0", "sliced", "transposed", "in another order"])
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -360,7 +365,7 @@ def test_strided_upstream_gradient(backend, layout, mode, p):
     check(*problem((b, h, 2, t, 9, d, 5), torch.float32, mode, is_causal=True, dropout_p=p, seed=2), do=do)
 
 
-@every_backend
+@one_of_each
 @pytest.mark.parametrize("dims", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -392,7 +397,7 @@ def test_no_query_sees_a_later_token(backend, mode, t):
     assert (before[:, :, last:] != after[:, :, last:]).any(-1).all()
 
 
-@every_backend
+@one_of_each
 @pytest.mark.parametrize("mode", MODES)
 def test_decoding_with_a_cache_is_the_last_rows(backend, mode):
     tensors, options = problem((2, 4, 2, 12, 12, 32, 3), torch.float32, mode, gates="none", is_causal=True)
@@ -477,7 +482,7 @@ def test_a_log_bias_of_minus_infinity_prunes(backend, mode):
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-@every_backend
+@one_of_each
 @pytest.mark.parametrize(
     "wanted", [("q",), ("k",), ("v", "gate_k"), ("prefix_k", "prefix_v"), ("gate_v", "log_bias"), ("gate_out", "q"), ()],
     ids=str,
@@ -553,7 +558,7 @@ def test_dropout_masks_are_the_same_in_every_backend(backend, mode):
     assert_close(o, composition(q, k, v, pk, pv, mode=mode, dropout_p=p, seed=seed), exact)
 
 
-@every_backend
+@one_of_each
 def test_dropout_draws_from_torchs_generator(backend):
     tensors, _ = problem((2, 4, 2, 7, 7, 32, 3), torch.float32)
     call = lambda: prefix_attention(**tensors, dropout_p=0.5).detach()  # noqa: E731
@@ -607,7 +612,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.verifies("prefix_attention", "checkpoint", dtype="float32")
-@every_backend
+@one_of_each
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("how", ["", *CHECKPOINTS])
@@ -628,7 +633,7 @@ def test_checkpoints_and_outputs_changed_in_place(backend, how, mode, p):
     assert all(torch.equal(one, other) for one, other in zip(got, expected))
 
 
-@every_backend
+@one_of_each
 def test_saved_tensors_may_go_elsewhere(backend):
     tensors, options = problem((2, 4, 2, 7, 9, 32, 3), torch.float32, is_causal=True)
     call, leaves = as_function(tensors, options)
@@ -638,7 +643,7 @@ def test_saved_tensors_may_go_elsewhere(backend):
         assert all(torch.equal(one, other) for one, other in zip(stepped(call, leaves, do), expected))
 
 
-@every_backend
+@one_of_each
 @pytest.mark.parametrize("which", TRAINED)
 def test_lazily_negated_tensors(backend, which):
     """`torch._neg_view`, as the imaginary part of a conjugate has it; and a zero tensor, which has no memory."""
@@ -686,7 +691,7 @@ def test_nan_and_inf_propagate(backend):
 # ---- inside PyTorch --------------------------------------------------------------------------------------------------
 
 
-@every_backend
+@one_of_each
 @pytest.mark.parametrize(
     ("mode", "kind", "dtype"),
     [("joint", "padded", torch.bfloat16), pytest.param("separate", "flat", torch.float16, marks=pytest.mark.slow)],
@@ -733,11 +738,21 @@ def test_flops_are_counted(p):
 
 
 @pytest.mark.verifies("prefix_attention", "compile")
-@every_backend
-@pytest.mark.parametrize("engine", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("p", [0.0, 0.5])
+@one_of_each
+@pytest.mark.parametrize(
+    ("engine", "mode", "dtype", "p"),
+    [
+        ("eager", "joint", torch.float32, 0.5),
+        ("aot_eager", "joint", torch.bfloat16, 0.0),
+        ("aot_eager", "separate", torch.float32, 0.5),
+        *[
+            pytest.param("inductor", mode, dtype, p, marks=pytest.mark.slow)
+            for mode in MODES
+            for dtype in DTYPES[:2]
+            for p in (0.0, 0.5)
+        ],
+    ],
+)
 def test_compile_fullgraph(backend, engine, dtype, mode, p):
     """Also with an output that is changed in place."""
     index = torch.tensor([1, -1], dtype=torch.int32)
@@ -786,7 +801,7 @@ def test_export(p):
     assert_close(program.module()(*many), low, exact)
 
 
-@every_backend
+@one_of_each
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_autocast(backend, dtype):
     tensors, options = problem((2, 4, 2, 7, 9, 32, 3), torch.float32, is_causal=True)
@@ -805,7 +820,7 @@ def test_autocast(backend, dtype):
         assert_close(got, low[name], exact[name], name, eps=EPS[dtype])
 
 
-@every_backend
+@one_of_each
 def test_inference_mode(backend):
     tensors, options = problem((2, 4, 2, 7, 9, 32, 3), torch.bfloat16, "separate")
     expected = prefix_attention(**tensors, **options)
@@ -878,7 +893,7 @@ def test_threads(backend):
             assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
-@every_backend
+@one_of_each
 def test_a_profiler_sees_the_passes(backend):
     tensors, options = problem((2, 4, 2, 7, 9, 32, 5), torch.float32)
     with torch.profiler.profile() as profile:

@@ -28,6 +28,7 @@ def tokens(q, k, v, causal, mask, p, seed, scale):
     if not takes(q, k, p):
         return reference.tokens(q, k, v, causal, mask, p, seed, scale)
     o = lse = None
+    mask = _narrow(mask)
     rows, calls = _calls(q.shape[2], k.shape[2], causal)
     for keys, square in calls:
         added = _added(mask, keys, q.dtype)
@@ -46,6 +47,7 @@ def grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):
         return reference.grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs)
     do = do if do.stride(-1) == 1 else do.contiguous()
     lse = lse.masked_fill(lse == -math.inf, 0.0)  # e^{−∞ − 0} = 0
+    mask = _narrow(mask)
     rows, calls = _calls(q.shape[2], k.shape[2], causal)
     do, q, o, lse = (t[:, :, rows] for t in (do, q, o, lse))
     parts = [
@@ -73,6 +75,11 @@ def _calls(n_q, n_k, causal):
     if n_q >= n_k:
         return slice(n_q - n_k, None), [(every, True)]
     return every, [(slice(0, n_k - n_q), False), (slice(n_k - n_q, None), True)]
+
+
+def _narrow(mask):
+    """A mask that is the same for all queries as one row."""
+    return mask[:, :, :1] if mask is not None and mask.dim() == 4 and mask.stride(2) == 0 else mask
 
 
 def _added(mask, keys, dtype):

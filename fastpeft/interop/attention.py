@@ -45,7 +45,7 @@ class Selection:
     """Which prefix a model runs with: one object that its layers and hooks share."""
 
     def __init__(self, config: Any) -> None:
-        self.config, self.original = config, config._attn_implementation
+        self.config, self.original = config, config._attn_implementation  # the attention without a prefix
         self.starts: dict[str, int] = {}  # by adapter: the position of the first token
         self.active: str | None = None
         self.rows: tuple[str, ...] | None = None  # in a mixed batch: what `index` counts
@@ -70,6 +70,8 @@ class Selection:
 
     def _switch(self) -> None:
         if self.on():
+            if self.config._attn_implementation != NAME:
+                self.original = self.config._attn_implementation
             self.config._attn_implementation = NAME
         elif self.config._attn_implementation == NAME:
             self.config._attn_implementation = self.original
@@ -229,7 +231,7 @@ def check_rows(selection: Selection, module: nn.Module, args: tuple, kwargs: dic
     if selection.index is None:
         return
     given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("pixel_values"), *args]
-    rows = next(x.shape[0] for x in given if isinstance(x, torch.Tensor))
+    rows = next((x.shape[0] for x in given if isinstance(x, torch.Tensor)), 0)
     if rows != selection.index.shape[0]:
         raise ValueError(
             f"prefix_rows: index names the prefixes of {selection.index.shape[0]} rows, the batch has {rows}"

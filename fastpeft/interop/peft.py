@@ -23,7 +23,7 @@ from ..nn import Linear4bit
 from ..nn.linear4bit import no_autocast
 from . import legal, merge_4bit, siblings
 from .legal import Terms
-from .report import Report, known
+from .report import Report, has_prompt, known
 from .siblings import Group, Seat
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def apply(model: nn.Module) -> Report:
     if not any(known(module) for module in model.modules()):
         raise ValueError(
             f"fastpeft.apply: nothing to apply in this {type(model).__name__}. Looked for peft.tuners.lora.layer.Linear "
-            "and peft.tuners.lora.bnb.Linear4bit (the fast paths), PEFT's other adapter layers (reported) and "
+            "and peft.tuners.lora.bnb.Linear4bit (the fast paths), prefix tuning, PEFT's other adapter layers (reported) and "
             "fastpeft.nn.LoraLinear (already fast). "
             "Wrap the model first: peft.get_peft_model(model, LoraConfig(...))"
         )
@@ -119,7 +119,15 @@ def apply(model: nn.Module) -> Report:
     }
     swapped: list[nn.Module] = []
     made = WeakIdKeyDictionary()
+    left: dict[str, str] = {}
     try:
+        for name, module in model.named_modules():
+            if has_prompt(module) and not _is_fast_prefix(module):
+                try:
+                    _prefix().apply(module)
+                    swapped.append(module)
+                except ValueError as error:
+                    left[name] = str(error)
         for layer in layers:
             if id(layer) in inside:  # PEFT's attention layer reads its projections' weights and never calls them
                 continue
@@ -135,13 +143,13 @@ def apply(model: nn.Module) -> Report:
     except BaseException:
         _swap_back(swapped)
         raise
-    return Report(model)
+    return Report(model, left)
 
 
 def revert(model: nn.Module) -> None:
     """See `fastpeft.revert`."""
     _check(model, "revert")
-    layers = [module for module in model.modules() if isinstance(module, Fast)]
+    layers = [module for module in model.modules() if isinstance(module, Fast) or _is_fast_prefix(module)]
     for layer in layers:
         if type(layer) is FastLoraLinear and merge_4bit.holds_original(layer):
             raise RuntimeError(
@@ -156,6 +164,17 @@ def _four_bit():
     from . import peft_4bit
 
     return peft_4bit
+
+
+def _prefix():
+    """`peft_prefix`, which registers an attention with transformers: only where there is prefix tuning."""
+    from . import peft_prefix
+
+    return peft_prefix
+
+
+def _is_fast_prefix(module: nn.Module) -> bool:
+    return has_prompt(module) and isinstance(module, _prefix().FastPrefix)
 
 
 def _classes() -> dict[type, type]:
@@ -191,6 +210,9 @@ def _group(model: nn.Module) -> None:
 def _swap_back(layers: Sequence[nn.Module]) -> None:
     made = WeakIdKeyDictionary()
     for layer in layers:
+        if _is_fast_prefix(layer):
+            _prefix().revert(layer)
+            continue
         seat = layer.__dict__.pop("_fastpeft", None)
         if seat is not None and seat.group is not None:
             seat.group.leave(seat.index)

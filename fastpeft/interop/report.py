@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel, PeftType
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,6 +22,8 @@ from .legal import Terms
 from .siblings import Group, Seat
 
 _NOT_APPLIED = "PEFT's own class: call fastpeft.apply(model), again after adding adapters to further layers"
+
+_PROMPT = " prompt"  # ends the arithmetic of prefix tuning
 
 
 class LayerReport(NamedTuple):
@@ -38,14 +42,23 @@ class Report:
     It does not keep the model alive.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, model: nn.Module, left: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._model, self._left = weakref.ref(model), left
 
     @property
     def layers(self) -> list[LayerReport]:
         """A row for each adapter layer, in the order of `named_modules`."""
         model = self._model()
-        return [] if model is None else [_row(name, module) for name, module in model.named_modules() if known(module)]
+        if model is None:
+            return []
+        rows = [(name, module) for name, module in model.named_modules() if known(module)]
+        return [_row(name, module) if not has_prompt(module) else self._prompt(name, module) for name, module in rows]
+
+    def _prompt(self, name: str, module: PeftModel) -> LayerReport:
+        arithmetic = _dtypes(module.prompt_encoder.parameters()) + _PROMPT
+        if not hasattr(module, "peft_class"):
+            return LayerReport(name or "the model", "peft", self._left.get(name, _NOT_APPLIED), arithmetic)
+        return LayerReport(name or "the model", "fast", "its attention layers read the prompt", arithmetic)
 
     @property
     def groups(self) -> int:
@@ -58,13 +71,16 @@ class Report:
         if self._model() is None:
             return "the model of this report is gone"
         rows, groups = self.layers, self.groups
-        count = Counter(row.path for row in rows)
+        lora = [row for row in rows if not row.arithmetic.endswith(_PROMPT)]
+        count = Counter(row.path for row in lora)
         width = max((len(row.name) for row in rows), default=0)
         torch_backend = f"{count['torch']} on the torch backend, " if count["torch"] else ""
         lines = [
-            f"{len(rows)} LoRA layers: {count['fast']} fast ({groups} group{'' if groups == 1 else 's'}), {torch_backend}"
+            f"{len(lora)} LoRA layers: {count['fast']} fast ({groups} group{'' if groups == 1 else 's'}), {torch_backend}"
             f"{count['peft']} left on PEFT's code"
         ]
+        if len(lora) < len(rows):
+            lines = (lines if lora else []) + [f"prefix tuning: {len(rows) - len(lora)} model"]
         lines += [f"{row.name:<{width}}  {row.path}  {'; '.join(filter(None, row[2:]))}" for row in rows]
         return "\n".join(lines)
 
@@ -73,7 +89,12 @@ class Report:
 
 def known(module: nn.Module) -> bool:
     """Whether a report has a row for this module."""
-    return isinstance(module, (BaseTunerLayer, LoraLinear))
+    return isinstance(module, (BaseTunerLayer, LoraLinear)) or has_prompt(module)
+
+
+def has_prompt(module: nn.Module) -> bool:
+    """Whether it is a PEFT model with prefix tuning."""
+    return isinstance(module, PeftModel) and module.peft_type == PeftType.PREFIX_TUNING
 
 
 def _row(name: str, module: nn.Module) -> LayerReport:

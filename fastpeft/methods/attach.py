@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..quantization import parts
 from . import METHODS
 from .sites import Adapter, Site, TaskHead, leave, original, replace, walk
 
@@ -194,7 +195,7 @@ def check(model: nn.Module, name: str) -> None:
     """Whether an adapter of this name can come to this model. Raises TypeError, ValueError, RuntimeError."""
     if not isinstance(name, str):
         raise TypeError(f"fastpeft.attach: name must be a str, got {type(name).__name__}")
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"fastpeft.attach: name must have no dot and not be an attribute of nn.ModuleDict, got {name!r}"
         )
@@ -223,7 +224,8 @@ def _find_heads(model: nn.Module, modules_to_save: Collection[str]) -> list[str]
     heads = [key for key, child in model._modules.items() if child is not None and key.endswith(HEADS)]
     modules = {name: original(module) for name, module in walk(model) if name}
     for pattern in modules_to_save:
-        found = [pattern] if pattern in modules else [name for name in modules if _ends(name, pattern)]
+        found = [pattern] if pattern in modules else []
+        found = found or [n for n in modules if any(fnmatchcase(end, pattern) for end in parts(n, ends_only=True))]
         if not found:
             raise ValueError(
                 f"fastpeft.attach: modules_to_save has {pattern!r}, which is no module of this {type(model).__name__}. "
@@ -231,12 +233,6 @@ def _find_heads(model: nn.Module, modules_to_save: Collection[str]) -> list[str]
             )
         heads += found
     return [name for name in dict.fromkeys(heads) if any(True for _ in modules[name].parameters())]
-
-
-def _ends(name: str, pattern: str) -> bool:
-    """Whether the last components of a dotted name match."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[start:]), pattern) for start in range(len(parts)))
 
 
 def _enter(model: nn.Module, names: Collection[str], adapter: str) -> dict[str, TaskHead]:

@@ -38,6 +38,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     config, tensors, why = method.to_file(adapter)
     for place, head in heads.items():
         tensors |= {f"{method.HEADS}{place}.{key}": t for key, t in head.adapters[name].state_dict().items()}
+    tensors = {key: _whole(t) for key, t in tensors.items()}
     config = common(model) | {"modules_to_save": list(heads) or None} | config
     write_adapter(folder, config, tensors, base=fingerprint(_parameters(model, heads)))
     reason = f"PeftModel.from_pretrained(base, {os.fspath(folder)!r}) reads it" if why is None else why
@@ -88,6 +89,11 @@ def load_adapter(
         raise
 
 
+def _whole(t: Any) -> torch.Tensor:
+    """Gathered where FSDP2 holds it in shards: every rank must call."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
 def _parameters(model: nn.Module, heads: Collection[str]) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor | None]]:
     """The base's parameters for its fingerprint: name, dense shape, and values unless it is a linear layer's weight."""
     record = record_of(model)
@@ -105,7 +111,7 @@ def _parameters(model: nn.Module, heads: Collection[str]) -> Iterator[tuple[str,
             if p.is_meta:
                 raise ValueError(f"fastpeft: {full} must be loaded, it is on the meta device")
             if key != "weight" or not (isinstance(module, nn.Linear) or transformers.is_conv1d(module)):
-                yield full, tuple(p.shape), p
+                yield full, tuple(p.shape), _whole(p)
             elif isinstance(module, Linear4bit):
                 yield full, (module.out_features, module.in_features), None
             else:

@@ -17,14 +17,26 @@ from ..adapter_files import AdapterFile, AdapterFileError
 from ..interop import transformers
 from ..nn import Linear4bit, LoraLinear
 from ..nn.lora_linear import adapted
-from ..quantization import hooked, matches, why_dense
+from ..quantization import hooked, matches, parts, why_dense
 from . import peft_format
 from .sites import Adapter, Site, TaskHead, leave, original, replace, walk
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ on the linear layers of a model (see `fastpeft.LoraConfig`)."""
+    """y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ on the linear layers of a model (Hu et al. 2021, equation 3).
+
+    Args:
+        r: rank, at least 1. alpha: scale is alpha/r, or alpha/√r where `rslora`.
+        dropout: probability of dropping an element of x before A, in training.
+        targets: None: every linear layer but output embeddings and the task head. Or names and patterns as `fp.quantize`
+            takes them in `skip`; the whole name of a layer is that layer alone.
+        modules_to_save: names or patterns, whole or of the last components, of modules that are trained whole, beside the
+            task head.
+
+    Raises:
+        TypeError, ValueError: a field of another type, or out of range.
+    """
 
     r: int = 16
     alpha: float = 32
@@ -51,12 +63,14 @@ class LoraConfig:
             if isinstance(names, str) or not isinstance(names, Iterable):
                 raise TypeError(f"LoraConfig: {field} must be a sequence of module names, got {names!r}")
             object.__setattr__(self, field, tuple(names))
+            if field == "targets" and not self.targets:
+                raise ValueError("LoraConfig: targets must be None or name a layer, got none")
             if not all(isinstance(name, str) for name in getattr(self, field)):
                 raise TypeError(f"LoraConfig: {field} must be a sequence of module names, got {getattr(self, field)!r}")
 
     @property
     def scale(self) -> float:
-        """alpha / r, or alpha / √r (rank-stabilised LoRA: Kalajdzievski 2023, equation 6)."""
+        """alpha / r, or alpha / √r (rank-stabilised LoRA: Kalajdzievski 2023)."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
@@ -89,11 +103,12 @@ class LoraSite(Site):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N], x's dtype."""
+        modules = self._modules  # past __getattr__, which takes 1 µs a name
         if self.active is None:
-            return adapted(x, self.base)
-        of: Any = self.adapters[self.active]
-        p = of.dropout if self.training else 0.0
-        return adapted(x, self.base, of.lora_a, of.lora_b, scale=of.scale, dropout_p=p)
+            return adapted(x, modules["base"])
+        of: Any = modules["adapters"]._modules[self.active]
+        a, b = of._parameters["lora_a"], of._parameters["lora_b"]
+        return adapted(x, modules["base"], a, b, scale=of.scale, dropout_p=of.dropout if self.training else 0.0)
 
 
 class LoraAdapter(Adapter):
@@ -169,7 +184,7 @@ def to_file(adapter: LoraAdapter) -> tuple[dict[str, Any], dict[str, torch.Tenso
 def _peft_targets(model: nn.Module, places: list[str]) -> list[str] | str:
     """Names that PEFT takes for these modules alone: it compares their ends, so it may take a regular expression."""
     others = [name for name, _ in walk(model) if name not in places]
-    ends = {".".join(name.split(".")[i:]) for name in others for i in range(1, name.count(".") + 1)}
+    ends = {end for name in others for end in parts(name, ends_only=True)}
     return places if ends.isdisjoint(places) else "|".join(map(re.escape, places))
 
 
@@ -194,7 +209,7 @@ def from_file(model: nn.Module, file: AdapterFile) -> LoraConfig:
             config.get("use_rslora") or False,
         )
     except (TypeError, ValueError) as error:
-        raise AdapterFileError(f"adapter_config.json: {error}") from None
+        raise AdapterFileError(f"adapter_config.json: {str(error):.300}") from None
 
 
 def _file_targets(model: nn.Module, file: AdapterFile, heads: list[str]) -> list[str]:
@@ -204,14 +219,14 @@ def _file_targets(model: nn.Module, file: AdapterFile, heads: list[str]) -> list
     """
     targets = file.config.get("target_modules")
     if isinstance(targets, str) or any(file.config.get(key) for key in _SELECT):
-        parts = ".lora_A.weight", ".lora_B.weight"
-        held = {key.removesuffix(end).removeprefix(HEADS) for key in file.tensors for end in parts if key.endswith(end)}
+        both = ".lora_A.weight", ".lora_B.weight"
+        held = {key.removesuffix(end).removeprefix(HEADS) for key in file.tensors for end in both if key.endswith(end)}
         found = [name for name in _layers(model) if name in held]
     else:
-        ends = tuple(f".{name}" for name in peft_format.names(file.config, "target_modules"))
-        saved = [f".{name}." for name in peft_format.names(file.config, "modules_to_save")]
-        found = [name for name in _layers(model) if f".{name}".endswith(ends)] if ends else []
-        found = [name for name in found if not any(part in f".{name}." for part in saved)]
+        ends = set(peft_format.names(file.config, "target_modules"))
+        saved = set(peft_format.names(file.config, "modules_to_save"))
+        found = [name for name in _layers(model) if not ends.isdisjoint(parts(name, ends_only=True))]
+        found = [name for name in found if saved.isdisjoint(parts(name))]
     found = [name for name in found if not f"{name}.".startswith(tuple(f"{head}." for head in heads))]
     if not found:
         raise AdapterFileError(
@@ -258,7 +273,9 @@ def _targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         chosen = [name for target in config.targets for name in _named(target, layers, model, inside)]
     why = {name: _why_not(layers[name], parents.get(id(layers[name]), [])) for name in dict.fromkeys(chosen)}
     refused = {name: reason for name, reason in why.items() if reason is not None}
-    if refused and (config.targets is not None or len(refused) == len(why) or any(map(_is_foreign, layers.values()))):
+    if refused and (
+        config.targets is not None or len(refused) == len(why) or any(_is_foreign(layers[name]) for name in refused)
+    ):
         raise ValueError(f"fastpeft.attach: {len(refused)} layers cannot have LoRA{_rows(refused)}")
     if not why:
         raise ValueError(
@@ -325,8 +342,10 @@ def _why_not(there: nn.Module, parents: list[nn.Module]) -> str | None:
     if isinstance(parents[0], LoraLinear):
         return "it is the base of a fastpeft.nn.LoraLinear"
     if _is_foreign(module):
+        convert = type(module).__name__ == "Linear4bit"
         return (
-            f"it is bitsandbytes' {type(module).__name__}; put fp.nn.Linear4bit.from_bitsandbytes(layer) in its place, or "
+            f"it is bitsandbytes' {type(module).__name__}; "
+            f"{'put fp.nn.Linear4bit.from_bitsandbytes(layer) in its place, or ' if convert else ''}"
             "load the model dense and fp.quantize it"
         )
     if isinstance(module, Linear4bit):

@@ -90,6 +90,12 @@ class PrefixConfig:
                 _bad("init", "'random' or 'zeros' with an MLP, which makes the keys and values", "token ids")
         elif self.init not in INITS:
             _bad("init", "'random', 'zeros' or token ids [P]", self.init)
+        elif self.style == "llama_adapter" and self.init == "zeros":
+            _bad(
+                "init",
+                "'random' or token ids with style 'llama_adapter', where zeros behind g = 0 never train",
+                "'zeros'",
+            )
 
     def lengths(self, layers: int) -> tuple[int, ...]:
         """The length of each of so many layers. ValueError: another number of them is given."""
@@ -192,7 +198,7 @@ def prefix_rows(
     index = torch.as_tensor(index)
     if index.dim() != 1 or index.dtype.is_floating_point or not ((index >= -1) & (index < len(names))).all():
         _bad("index", f"[B] ints from −1 to {len(names) - 1}", index.tolist(), "prefix_rows")
-    device = next(parameter.device for module in layers for parameter in module.parameters())
+    device = next(model.parameters()).device
     before = selection.active
     try:
         selection.mix(names, index.to(device, torch.int32))
@@ -217,7 +223,7 @@ def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Ten
     first, config = adapter.given()[0], adapter.config
     reason = _not_peft(adapter)
     if reason is None:
-        pairs = [torch.stack(prefix.keys_values()) for prefix in adapter.given()]  # [2, Hk, P, D] a layer
+        pairs = [torch.stack(_whole_keys_values(prefix)) for prefix in adapter.given()]  # [2, Hk, P, D] a layer
         flat = torch.stack(pairs).permute(3, 0, 1, 2, 4).reshape(first.length, -1)
         described = {
             "peft_type": "PREFIX_TUNING",
@@ -244,10 +250,26 @@ def to_file(adapter: PrefixAdapter) -> tuple[dict[str, Any], dict[str, torch.Ten
     tensors: dict[str, torch.Tensor] = {}
     for i, prefix in enumerate(adapter.prefixes):
         if prefix is not None:
-            named = dict(zip(("prefix_k", "prefix_v"), prefix.keys_values()))
+            named = dict(zip(("prefix_k", "prefix_v"), _whole_keys_values(prefix)))
             named |= {key: getattr(prefix, key) for key in _names(config)[2:]}
             tensors |= {f"layers.{i}.{key}": value.detach() for key, value in named.items()}
     return {"fastpeft": own}, tensors, reason
+
+
+class _KeysValues(nn.Module):
+    def __init__(self, prefix: PrefixAttention) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.prefix.keys_values()
+
+
+def _whole_keys_values(prefix: PrefixAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of parameters gathered where FSDP2 holds them in shards: every rank must call."""
+    state: dict[str, Any] = dict(_KeysValues(prefix).named_parameters())
+    whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in state.items()}
+    return torch.func.functional_call(_KeysValues(prefix), whole, ())
 
 
 def _not_peft(adapter: PrefixAdapter) -> str | None:
@@ -352,7 +374,7 @@ def _prefix(layer: Layer, length: int, config: PrefixConfig) -> PrefixAttention:
         gates=config.gates,
         style=config.style,
         mlp=config.mlp,
-        init=config.init if isinstance(config.init, str) else "zeros",
+        init=config.init if isinstance(config.init, str) else "random",
         log_bias=config.log_bias,
         dtype=torch.float64 if like.dtype == torch.float64 else torch.float32,
         device=like.device,

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..nn.prefix_attention import Prefixes
@@ -51,11 +50,17 @@ class Site(nn.Module):
         self.active: str | None = None
         self.training = self.adapters.training = base.training
 
+    def running(self) -> nn.Module:
+        """Whose attributes these are."""
+        return self.base
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("base"), name)
+            if name.startswith("__") or name in ("base", "adapters", "active"):  # copied or unpickled: not there yet
+                raise
+            return getattr(self.running(), name)
 
 
 class TaskHead(Site):
@@ -65,8 +70,11 @@ class TaskHead(Site):
         """A copy of the original for this adapter, to be trained."""
         self.adapters[name] = copy.deepcopy(self.base).requires_grad_(True)
 
+    def running(self) -> nn.Module:
+        return self.base if self.active is None else self.adapters[self.active]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # whatever the head takes
-        return (self.base if self.active is None else self.adapters[self.active])(*args, **kwargs)
+        return self.running()(*args, **kwargs)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -101,8 +109,3 @@ def leave(model: nn.Module, sites: Mapping[str, Site], name: str) -> None:
     for site in sites.values():
         del site.adapters[name]
     replace(model, {site: site.base for site in sites.values() if not site.adapters})
-
-
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of its state_dict, for a file."""
-    return {key: tuple(t.shape) for key, t in module.state_dict().items() if isinstance(t, torch.Tensor)}

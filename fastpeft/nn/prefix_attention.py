@@ -75,6 +75,10 @@ class PrefixAttention(nn.Module):
         for name, value, known in (("gates", gates, GATES), ("style", style, STYLES), ("init", init, INITS)):
             if value not in known:
                 raise ValueError(f"PrefixAttention: {name} must be one of {known}, got {value!r}")
+        if style == "llama_adapter" and init == "zeros":
+            raise ValueError(
+                "PrefixAttention: with style 'llama_adapter' init must be 'random': zeros behind g = 0 never train"
+            )
         if hidden_size is None and (mlp is not None or "token" in (gates or "")):
             raise ValueError("PrefixAttention: hidden_size is needed for token gates and for an MLP")
         self.heads, self.kv_heads, self.head_dim, self.length = heads, kv_heads, head_dim, length
@@ -139,7 +143,7 @@ class PrefixAttention(nn.Module):
 
     def keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The prefix's keys and values [Hk, P, D]; those that the MLP makes where there is one."""
-        if hasattr(self, "mlp"):
+        if "mlp" in self._modules:
             made = self.mlp(self.embedding).view(self.length, 2, self.kv_heads, self.head_dim)
             pk, pv = made.permute(1, 2, 0, 3).unbind()
             return pk, pv
@@ -148,7 +152,7 @@ class PrefixAttention(nn.Module):
     @torch.no_grad()
     def set_keys_values(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Begin at these keys and values [Hk, P, D] (of real text, after rotary). ValueError with an MLP."""
-        if hasattr(self, "mlp"):
+        if "mlp" in self._modules:
             raise ValueError("PrefixAttention.set_keys_values: an MLP makes the keys and values; use mlp=None")
         self.prefix_k.copy_(keys)
         self.prefix_v.copy_(values)

@@ -133,6 +133,7 @@ def masks(q: Any, k: Any, is_causal: bool, key_padding_mask: Any, attn_mask: Any
         _check.bad_value(
             OP, "attn_mask", f"broadcastable to [B, H, T, S] = [{b}, {h}, {t}, {s}]", list(attn_mask.shape)
         )
+    attn_mask = attn_mask.float() if attn_mask.dtype == torch.float64 != q.dtype else attn_mask
     return attn_mask.reshape(full).expand(-1, -1, t, s)
 
 

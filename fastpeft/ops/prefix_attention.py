@@ -180,7 +180,7 @@ class PrefixAttention(torch.autograd.Function):
         o, o_x, lse, lse_p = forward(_passes(passes), q, k, v, prefix, mask, seed, causal, separate, p, scale)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        kept, o, ctx.watch = _apart(o_x if separate else o, o, plain=not isinstance(passes, str))
+        kept, o, ctx.watch = _apart(o_x, o, plain=not isinstance(passes, str))
         ctx.save_for_backward(*tensors, kept, lse, lse_p)
         return o
 
@@ -196,13 +196,13 @@ class PrefixAttention(torch.autograd.Function):
         return None, *found, *(None,) * 5
 
 
-def _apart(kept, o, plain):
-    """-> what backward will read; the output, which the caller may change in place; a watch on it where they share memory"""
+def _apart(o_x, o, plain):
+    """-> what backward will read: o_x, else o; o as the caller may change it in place; a watch on it where both share memory"""
     if not plain:  # a policy of checkpointing, or a compiler, may keep what an op returned
-        return kept, o if is_compiling() and kept is not o else o.clone(), None
-    if o._is_view():  # of which autograd would allow no change
+        return (o, o.clone(), None) if o_x is None else (o_x, o if is_compiling() else o.clone(), None)
+    if o._is_view():  # autograd would allow no change of one
         o = o.data
-    return (o.data, o, Watch(o)) if kept is o else (kept, o, None)
+    return (o.data, o, Watch(o)) if o_x is None else (o_x, o, None)
 
 
 def _gradients(call, needs, saved, do, watch):

@@ -222,25 +222,29 @@ class Rows(NamedTuple):
     log_bias: torch.Tensor | None  # [b, H, 1, P]
     gate_out: torch.Tensor | None  # [b, H, 1, 1]
     valid: torch.Tensor | None  # bool [b, 1, 1, P]
-    bad: torch.Tensor | None  # bool [B, 1, 1, 1]: the index is out of range
+    bad: torch.Tensor | None  # bool [b, 1, 1, 1]: the index is out of range, or the gates are too few
 
 
 def by_row(q, prefix_k, prefix_v, gate_k, gate_v, log_bias, gate_out, index, lengths, offsets) -> Rows:
     wide, bad, valid = wide_dtype(q.dtype), None, None
     if offsets is not None:
         longest, lengths = _longest(offsets, prefix_k.shape[-2], gate_k, gate_v)
+        bad = lengths > longest  # [A]: longer than its gates
+        lengths = lengths.masked_fill(bad, 0)
         prefix_k, prefix_v = (_padded(t[None], offsets, longest) for t in (prefix_k, prefix_v))
         log_bias = None if log_bias is None else _padded(log_bias[..., None], offsets, longest).squeeze(-1)
     if lengths is not None:
         valid = torch.arange(prefix_k.shape[2], device=q.device) < lengths[:, None]  # [A, P]
     if index is not None:
         last = prefix_k.shape[0] - 1
-        bad = ((index < -1) | (index > last))[:, None, None, None]
         pick = index.clamp(0, last)
+        outside = (index < -1) | (index > last)
+        bad = outside if bad is None else outside | bad[pick] & (index == pick)
         prefix_k, prefix_v, valid = prefix_k[pick], prefix_v[pick], None if valid is None else valid[pick]
         log_bias, gate_out = (t if t is None or t.shape[0] == 1 else t[pick] for t in (log_bias, gate_out))
         there = (index == pick)[:, None].expand(-1, prefix_k.shape[2])
         valid = there if valid is None else valid & there
+    bad = None if bad is None else bad[:, None, None, None]
     if valid is not None:
         valid = valid[:, None, None]
         absent = ~valid.transpose(-1, -2)  # [b, 1, P, 1]
