@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from . import linear4bit, lora_linear
+from . import linear4bit, lora_linear, prefix_attention
 from .kit.case import OURS, AnyCase
 from .kit.measure import measure
 from .kit.results import samples_of
 from .kit.rounds import FROZEN
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PAIRS = [(op, case) for op in (lora_linear, linear4bit) for case in op.target_cases()]
+PAIRS = [(op, case) for op in (lora_linear, linear4bit, prefix_attention) for case in op.target_cases()]
 PEERS = {lora_linear: ("PEFT", "PEFT same dtype", "PEFT compiled", "composition")}
 PEERS[linear4bit] = (*linear4bit.RIVALS, linear4bit.INT4, linear4bit.DOUBLE, linear4bit.PEFT_4BIT)
+PEERS[prefix_attention] = prefix_attention.RIVALS
 
 
 class VirtualClock:

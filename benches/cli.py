@@ -9,13 +9,17 @@ import re
 import sys
 from pathlib import Path
 
-SUITES = ("lora", "qlora")
-PARTS = ("training", "step", "decode", "memory", "kernels", "others")
+SUITES = ("lora", "qlora", "prefix")
+PARTS = ("training", "accuracy", "step", "decode", "memory", "kernels", "others")
 PEER_NAMES = {
     "peft": "PEFT",
     "peft-same-dtype": "PEFT same dtype",
     "peft-compiled": "PEFT compiled",
     "composition": "composition",
+}
+FIXED = {  # what a suite takes of an option
+    "qlora": {"dtype": (None, "bf16"), "device": ("auto", "cpu"), "peer": (None,)},
+    "prefix": {"dtype": (None, "bf16", "fp32"), "device": ("auto", "cpu"), "peer": (None,), "shapes": (None,)},
 }
 NEEDED = ("numpy", "peft", "bitsandbytes", "transformers", "gguf", "matplotlib", "tqdm")  # of the extra [bench]
 
@@ -26,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
         description="Fine-tunes SmolLM2-135M with LoRA on movie reviews under Hugging Face PEFT and under fastpeft, side by "
         "side, then measures lora_linear against its peers: how much faster is a training step, how much memory is left, how "
         "much faster is decoding, do the losses agree, on this machine. With --suite qlora the same over 4-bit weights, "
-        "beside PEFT over bitsandbytes. Writes results.jsonl, plots and report.html.",
+        "beside PEFT over bitsandbytes; with --suite prefix prefix tuning, of an encoder too. Writes results.jsonl, plots "
+        "and report.html.",
     )
     add = made.add_argument
     add("--suite", choices=SUITES, default="lora", help="what to measure (default: %(default)s)")
@@ -98,11 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     if absent:
         print(f"fastpeft bench needs {', '.join(absent)}: pip install 'fastpeft[bench]'", file=sys.stderr)
         return 2
-    if options.suite == "qlora":
-        for name, taken in (("dtype", (None, "bf16")), ("device", ("auto", "cpu")), ("peer", (None,))):
-            if getattr(options, name) not in taken:
-                print(f"fastpeft bench: --suite qlora measures bf16 on the CPU: leave out --{name}", file=sys.stderr)
-                return 2
+    for name, taken in FIXED.get(options.suite, {}).items():
+        if getattr(options, name) not in taken:
+            print(f"fastpeft bench: --suite {options.suite} has its own {name}: leave out --{name}", file=sys.stderr)
+            return 2
     if options.device == "cuda":
         import torch
 

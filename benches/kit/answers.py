@@ -11,11 +11,12 @@ from .rounds import FROZEN, OK, Estimate, Samples, validity
 
 PEFT, QLORA_PEFT = "PEFT", "PEFT + bitsandbytes"
 WIDTH = 40  # characters of the longest bar
-STEP, MEMORY, DECODING, LOSSES = (
+STEP, MEMORY, DECODING, LOSSES, ACCURACY = (
     "How much faster is a training step?",
     "How much memory is left?",
     "How much faster is decoding?",
     "Do the losses agree?",
+    "How accurate is it?",
 )
 
 
@@ -122,7 +123,7 @@ def memory(rows: list[Row]) -> Answer | None:
 
 def losses(rows: list[Row]) -> Answer | None:
     for row in of_kind(rows, "training"):
-        ours, other = row["gaps"][OURS], row["gaps"]["PEFT same dtype"]
+        ours, other = row["gaps"][OURS], next(gap for way, gap in row["gaps"].items() if way != OURS)
         last = max(1, row["steps"] // 5)
         means = [sum(row["losses"][way][-last:]) / last for way in (PEFT, OURS)]
         agree = "Yes" if ours <= max(2 * other, 1e-3) else "Not quite"  # in fp32 PEFT's two settings are one
@@ -136,8 +137,23 @@ def losses(rows: list[Row]) -> Answer | None:
     return None
 
 
+def accuracy(rows: list[Row]) -> Answer | None:
+    for row in of_kind(rows, "accuracy"):
+        found, count = row["accuracy"], row["held_out"]
+        chance = {way: 1.96 * (a * (1 - a) / count) ** 0.5 for way, a in found.items()}
+        bars = {way: Estimate(a, a - chance[way], a + chance[way]) for way, a in found.items()}
+        others = ", ".join(f"{way} {a:.1%}" for way, a in found.items() if way != OURS)
+        sentence = (
+            f"After {row['steps']} steps fastpeft has {found[OURS]:.1%} of {count} held-out reviews right; {others} "
+            f"({row['key']}). Intervals of ±{chance[OURS]:.1%} are what {count} reviews leave to chance; one seed."
+        )
+        short = f"{found[OURS]:.1%} (PEFT {found[PEFT]:.1%})"
+        return Answer(ACCURACY, sentence, short, "accuracy", "share right", bars, context=row["key"])
+    return None
+
+
 def answers(rows: Iterable[Row]) -> list[Answer]:
     """In the order in which they are asked; questions that nothing was measured for are left out."""
     own = list(rows)
-    found = (step(own), memory(own), decoding(own), losses(own))
+    found = (step(own), memory(own), decoding(own), losses(own), accuracy(own))
     return [answer for answer in found if answer is not None]

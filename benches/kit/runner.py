@@ -51,7 +51,7 @@ class Run:
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() and options.suite == "lora" else "cpu"
         # bf16 without instructions for it takes minutes
-        slow = options.suite == "lora" and self.device == "cpu" and not machine.has_bf16()
+        slow = options.suite != "qlora" and self.device == "cpu" and not machine.has_bf16()
         self.dtype_name = options.dtype or ("fp32" if slow else "bf16")
         self.dtype = DTYPES[self.dtype_name]
         self.out: Path = options.out or Path("bench-results", *([] if options.suite == "lora" else [options.suite]))

@@ -98,7 +98,7 @@ def overheads(title: str, rows: list[Row]) -> Table:
 
 def training(rows: list[Row]) -> Table:
     full = of_kind(rows, "full")
-    ways = ("PEFT", "PEFT same dtype", OURS)
+    ways = next((tuple(row["losses"]) for row in of_kind(rows, "training")), ("PEFT", "PEFT same dtype", OURS))
     table = Table("Fine-tuning side by side", ["what", *ways, *(["full fine-tuning"] if full else [])])
 
     def add(*cells: str) -> None:
@@ -111,10 +111,10 @@ def training(rows: list[Row]) -> Table:
         add("first loss", *(f"{losses[w][0]:.4f}" for w in ways))
         last = max(1, len(losses["PEFT"]) // 5)
         add(f"mean of the last {last} losses", *(f"{sum(losses[w][-last:]) / last:.4f}" for w in ways))
-        add("largest |Δloss| to PEFT", "0", f"{gaps['PEFT same dtype']:.5f}", f"{gaps[OURS]:.5f}")
+        add("largest |Δloss| to PEFT", "0", *(f"{gaps[w]:.5f}" if w in gaps else "-" for w in ways[1:]))
         if samples is not None and samples.kept:
-            times = [short(samples.ratio(w, OURS).as_json()) for w in ways[:2]]
-            add("time a step, optimizer too, over fastpeft's", *times, "1", *(short(f["time"]) for f in full[:1]))
+            times = ["1" if w == OURS else short(samples.ratio(w, OURS).as_json()) for w in ways]
+            add("time a step, optimizer too, over fastpeft's", *times, *(short(f["time"]) for f in full[:1]))
         stored = [f"{row['stored_bytes'][w] / 1e6:.1f} MB" for w in ways]
         add(
             "bytes to store per task",
@@ -128,6 +128,28 @@ def training(rows: list[Row]) -> Table:
             shares = [f"{found[w] / ours:.2f}" if ours and found.get(w) else "-" for w in table.header[1:]]
             add(f"{text}, over fastpeft's", *shares)
     return table
+
+
+def accuracy(rows: list[Row]) -> list[Table]:
+    """Of classifiers: a table each, a column a way."""
+    found = []
+    for row in of_kind(rows, "accuracy"):
+        table = Table(f"{row['key']}, {row['steps']} steps", ["what", *row["accuracy"]])
+        samples, ours = samples_of(row), row["saved_bytes"][OURS]
+        table.lines += [
+            [f"accuracy on {row['held_out']} held-out reviews", *(f"{a:.1%}" for a in row["accuracy"].values())],
+            ["on as many of those trained on", *(f"{a:.1%}" for a in row["train_accuracy"].values())],
+            [
+                "bytes kept for backward, over fastpeft's",
+                *(f"{kept / ours:.2f}" for kept in row["saved_bytes"].values()),
+            ],
+            ["bytes to store per task", *(f"{size / 1e6:.2f} MB" for size in row["stored_bytes"].values())],
+        ]
+        if samples is not None and samples.kept:
+            times = ("1" if way == OURS else short(samples.ratio(way, OURS).as_json()) for way in row["accuracy"])
+            table.lines.append(["time a step, optimizer too, over fastpeft's", *times])
+        found.append(table)
+    return found
 
 
 def sizes(rows: list[Row]) -> Table:
@@ -175,7 +197,7 @@ def all_tables(rows: list[Row], targets: bool = False) -> list[Table]:
     found = []
     for suite in dict.fromkeys(row["suite"] for row in rows):
         own = [row for row in rows if row["suite"] == suite]
-        found += [training(own), sizes(own)]
+        found += [training(own), *accuracy(own), sizes(own)]
         models = [row for row in own if row["kind"] in ("step", "decode")]
         found.append(compared("SmolLM2-135M or your model", models))
         found.append(overheads("A step and a token", models))

@@ -1,1 +1,1 @@
-"""What a suite runs: `lora` and `qlora` (each with the main job), `gpu`."""
+"""What a suite runs: `lora` and `qlora` (each with the main job), `prefix`, `gpu`."""

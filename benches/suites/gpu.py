@@ -7,14 +7,14 @@ import math
 from types import ModuleType
 from typing import Any
 
-from .. import linear4bit, lora_linear
+from .. import linear4bit, lora_linear, prefix_attention
 from ..kit import plans
 from ..kit.case import AnyCase
 from ..kit.cuda import COLD
 from ..kit.results import Row, samples_of
 from ..kit.rounds import OK, Estimate
 
-OPS: tuple[ModuleType, ...] = (lora_linear, linear4bit)
+OPS: tuple[ModuleType, ...] = (lora_linear, linear4bit, prefix_attention)
 SMALL, FUSED, DECODED = "plan small", "plan fused", "plan decode + GEMM"
 
 

@@ -50,7 +50,7 @@ def main_job(run: Run, in_4bit: bool = False) -> list[Task]:
         took[0] = found.pop("seconds_a_step")
         return found
 
-    peak = {"dtype": run.dtype, "ways": tuple(ways), "in_4bit": in_4bit, **common}
+    peak = {"dtype": run.dtype, "ways": tuple(ways), "in_4bit": in_4bit, "limit": None if in_4bit else 0.65, **common}
     found = [
         Task("training", "fine-tuning side by side", 20 if quick else 600 if long else 90, row(train)),
         Task("step", "training step", 20 if quick else 2400 if long else 60,
@@ -68,14 +68,25 @@ def main_job(run: Run, in_4bit: bool = False) -> list[Task]:
     return found
 
 
-def kernels(run: Run, op: ModuleType, cases: Sequence[Any], part: str = "kernels") -> list[Task]:
+def layer_load(case: Any) -> float:
+    """Of a linear layer; 1: some 0.7 s a round on two cores."""
+    n = sum(case.n) if isinstance(case.n, tuple) else case.n
+    return case.k * n * max(case.m, 1) / 2048**2 / 512
+
+
+def kernels(
+    run: Run,
+    op: ModuleType,
+    cases: Sequence[Any],
+    part: str = "kernels",
+    load: Callable[[Any], float] = layer_load,
+) -> list[Task]:
     """A task for each case of an op."""
     asked = run.options.peer
     without = [name for option, name in PEER_NAMES.items() if asked and option not in asked]
 
     def task(case: Any) -> Task:
-        n = sum(case.n) if isinstance(case.n, tuple) else case.n
-        work = min(case.k * n * max(case.m, 1) / 2048**2 / 512, 2.0)  # 1: some 0.7 s a round on two cores
+        work = min(load(case), 2.0)
         seconds = 3 if run.quick else (20 + 50 * work if run.long else 6 + 18 * work)
         return Task(part, case.name, seconds, lambda s: measure(op, case, s, run.device, run.tick, without))
 

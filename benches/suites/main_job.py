@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,6 +54,24 @@ def build(way: str, base: nn.Module) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class Method:
+    """What is trained, and how: `train` runs any."""
+
+    build: Callable[[str, nn.Module], nn.Module]
+    ways: tuple[str, ...]  # PEFT first
+    other: str  # of PEFT: how far its losses are from PEFT's own is what rounding does
+    rate: float
+    report: Callable[[nn.Module], str]
+
+
+def report(model: nn.Module) -> str:
+    return str(fp.apply(model)).splitlines()[0]
+
+
+LORA = Method(build, WAYS, PEFT_LOW, LEARNING_RATE, report)
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -61,9 +80,8 @@ def stored_bytes(tensors: list[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def trainer(way: str, model: nn.Module, batches: list[Tensor]) -> tuple[Callable[[], None], list[float]]:
+def trainer(model: nn.Module, batches: list[Tensor], rate: float) -> tuple[Callable[[], None], list[float]]:
     """(one optimizer step on the next batch, the losses so far)."""
-    rate = FULL_LEARNING_RATE if way == FULL else LEARNING_RATE
     optimizer = torch.optim.AdamW(trainable(model), lr=rate, weight_decay=0.0)
     losses: list[float] = []
 
@@ -78,24 +96,31 @@ def trainer(way: str, model: nn.Module, batches: list[Tensor]) -> tuple[Callable
     return step, losses
 
 
-def loss_gaps(losses: dict[str, list[float]]) -> dict[str, float]:
+def loss_gaps(losses: dict[str, list[float]], other: str = PEFT_LOW) -> dict[str, float]:
     """The largest |Δloss| to PEFT's default over the run: fastpeft's, and PEFT's own other configuration's."""
 
     def gap(way: str) -> float:
         return max(abs(a - b) for a, b in zip(losses[way], losses[PEFT], strict=True))
 
-    return {OURS: gap(OURS), PEFT_LOW: gap(PEFT_LOW)}
+    return {OURS: gap(OURS), other: gap(other)}
 
 
 def train(
-    base: nn.Module, batches: list[Tensor], seconds: float, *, steps: int, device: str, tick: Tick = None
+    base: nn.Module,
+    batches: list[Tensor],
+    seconds: float,
+    *,
+    steps: int,
+    device: str,
+    method: Method = LORA,
+    tick: Tick = None,
 ) -> dict[str, Any]:
     """Fine-tune under each way, one step of each in turn, for `seconds` or `steps` steps (at least 3)."""
-    models = {way: build(way, base) for way in WAYS}
-    made = {way: trainer(way, model, batches) for way, model in models.items()}
+    models = {way: method.build(way, base) for way in method.ways}
+    made = {way: trainer(model, batches, method.rate) for way, model in models.items()}
     functions = {way: step for way, (step, _) in made.items()}
     losses = {way: list_ for way, (_, list_) in made.items()}
-    rounds = Rounds(WAYS, timer_for(device))
+    rounds = Rounds(method.ways, timer_for(device))
     start = time.perf_counter()
     end = start + seconds
     while len(losses[PEFT]) < 3 or (len(losses[PEFT]) < steps and time.perf_counter() < end):
@@ -103,10 +128,10 @@ def train(
         if tick is not None:
             tick()
     samples, took = rounds.samples, time.perf_counter() - start
-    gaps = loss_gaps(losses)
+    gaps = loss_gaps(losses, method.other)
     shown = len(losses[PEFT])
     text = f"largest |Δloss| to PEFT's default in {shown} steps, fastpeft's over that between PEFT's two configurations"
-    ratio = gaps[OURS] / gaps[PEFT_LOW] if gaps[PEFT_LOW] else float("nan")
+    ratio = gaps[OURS] / gaps[method.other] if gaps[method.other] else float("nan")
     return {
         "kind": "training",
         "key": f"training B={batches[0].shape[0]} S={batches[0].shape[1]}",
@@ -114,10 +139,10 @@ def train(
         "losses": {way: [round(v, 6) for v in values] for way, values in losses.items()},
         "gaps": gaps,
         "samples": samples.as_json(),
-        "seconds_a_step": took / shown / len(WAYS),
+        "seconds_a_step": took / shown / len(method.ways),
         "tokens_per_step": batches[0].numel(),
         "stored_bytes": {way: stored_bytes(trainable(model)) for way, model in models.items()},
-        "report": str(fp.apply(models[OURS])).splitlines()[0],
+        "report": method.report(models[OURS]),
         "targets": [target(text, 2.0, Estimate.exact(ratio)).as_json()],
     }
 
@@ -126,7 +151,8 @@ def full(base: nn.Module, batches: list[Tensor], seconds: float, *, device: str,
     """A few steps of full fine-tuning (AdamW, all in the model's dtype) between steps of LoRA under fastpeft."""
     ways = (OURS, FULL)
     models = {way: build(way, base) for way in ways}
-    functions = {way: trainer(way, models[way], batches)[0] for way in ways}
+    rates = {OURS: LEARNING_RATE, FULL: FULL_LEARNING_RATE}
+    functions = {way: trainer(models[way], batches, rates[way])[0] for way in ways}
     rounds = Rounds(ways, timer_for(device))
     rounds.run(functions, count=False)
     samples = rounds.until(functions, seconds, least=2, most=30, tick=tick)
@@ -171,6 +197,17 @@ def model_row(
     return {**row, **summary(row, samples, limits)}
 
 
+def step_samples(
+    models: Mapping[str, nn.Module], ids: Tensor, seconds: float, device: str, tick: Tick = None
+) -> Samples:
+    """A step of each model in turn, the frozen one's twice."""
+    functions = {way: (lambda model=model: gradients(model, ids)) for way, model in models.items()}
+    functions[AGAIN] = functions[FROZEN]
+    for model in models.values():
+        gradients(model, ids[:1, :8])  # a whole step to warm up would cost a round
+    return Rounds(list(functions), timer_for(device)).until(functions, seconds, least=2, most=45, tick=tick)
+
+
 def step(
     base: nn.Module,
     ids: Tensor,
@@ -187,11 +224,7 @@ def step(
     """
     ways = (PEFT, PEFT_LOW, COMPOSITION, OURS) if dense is None else (PEFT, PEFT_LOW, OURS)
     models = {FROZEN: build(FROZEN, base if dense is None else dense), **{way: build(way, base) for way in ways}}
-    functions = {way: (lambda model=model: gradients(model, ids)) for way, model in models.items()}
-    functions[AGAIN] = functions[FROZEN]
-    for model in models.values():
-        gradients(model, ids[:1, :8])  # a whole step to warm up would cost a round
-    samples = Rounds(list(functions), timer_for(device)).until(functions, seconds, least=2, most=45, tick=tick)
+    samples = step_samples(models, ids, seconds, device, tick)
     adapters = lora_flops(models[OURS], ids.numel())
     if dense is None:
         limits = (Limit(OVERHEAD, PEFT, 0.2), Limit(OVERHEAD, COMPOSITION, 0.7))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from ..kit.measure import Tick
 from ..kit.peers import PEFT
 from ..kit.rounds import FROZEN, OK, Estimate
 from ..kit.verdict import target
-from .main_job import FULL, build, gradients, stored_bytes, trainable
+from .main_job import FULL, gradients, stored_bytes, trainable
 
 WORKER_SECONDS = 600  # of one worker, which needs well under a minute
 BILLIONS = (7, 13, 33, 65, 70)
@@ -43,10 +44,13 @@ def _trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def memory_worker(way: str, where: str, dtype: str, device: str, ids_json: str, in_4bit: str = "") -> dict[str, Any]:
+def memory_worker(
+    way: str, where: str, dtype: str, device: str, ids_json: str, job: str, in_4bit: str = ""
+) -> dict[str, Any]:
     """Peak memory of a step net of the loaded model, in this process; with optimizer state for full fine-tuning.
 
-    in_4bit: "4-bit" for QLoRA, where only the frozen model stays dense.
+    job: the module beside this one whose `build` makes the model of a way. in_4bit: "4-bit" for QLoRA, where only the
+    frozen model stays dense.
     """
     from ..kit.smollm2 import load
 
@@ -56,7 +60,7 @@ def memory_worker(way: str, where: str, dtype: str, device: str, ids_json: str, 
         from ..kit import bnb
 
         base = bnb.in_4bit(base)
-    model = build(way, base)
+    model = importlib.import_module(f".{job}", __package__).build(way, base)
     del base
     gc.collect()
     gradients(model, ids[:1, :8])  # code, thread stacks and the like
@@ -97,10 +101,15 @@ def memory(
     dtype: torch.dtype,
     device: str,
     ways: tuple[str, ...],
+    job: str = "main_job",
     in_4bit: bool = False,
+    limit: float | None = None,
     tick: Tick = None,
 ) -> dict[str, Any]:
-    """Peak memory net of the loaded model, and of the whole process, each way in a fresh process. in_4bit: QLoRA."""
+    """Peak memory net of the loaded model, and of the whole process, each way in a fresh process.
+
+    job: see `memory_worker`. in_4bit: QLoRA. limit: fastpeft's over PEFT's, or None.
+    """
     cpu = not device.startswith("cuda")
     environment = {
         **os.environ,
@@ -113,7 +122,7 @@ def memory(
         environment["OMP_NUM_THREADS"] = str(max(1, machine.cores() // 2))  # two at a time: nothing is timed here
 
     def one(way: str) -> dict[str, Any]:
-        arguments = [way, where, str(dtype).removeprefix("torch."), device, json.dumps(ids.tolist())]
+        arguments = [way, where, str(dtype).removeprefix("torch."), device, json.dumps(ids.tolist()), job]
         arguments += ["4-bit"] if in_4bit else []
         # -P: not the folder that one happens to stand in, such as a clone beside an installed fastpeft
         command = [sys.executable, "-P", "-m", __name__, *arguments]
@@ -135,11 +144,11 @@ def memory(
     name = f"peak memory of a step net of the model, B={ids.shape[0]} S={ids.shape[1]}"
     net = {way: data["net_bytes"] for way, data in found.items()}
     targets = []
-    if net.get(OURS) and net.get(PEFT) and not in_4bit:
+    if limit is not None and net.get(OURS) and net.get(PEFT):
         ratio = Estimate.exact(net[OURS] / net[PEFT])
         frozen = net.get(FROZEN)  # its own activations and the loss: no adapter can need less
         note = "resident peak" if frozen is None else f"resident peak; the frozen model alone {frozen / net[PEFT]:.3f}"
-        targets.append(target(f"{name}: fastpeft over PEFT", 0.65, ratio, (OK, note)).as_json())
+        targets.append(target(f"{name}: fastpeft over PEFT", limit, ratio, (OK, note)).as_json())
     return {"kind": "memory", "key": name, "memory": found, "targets": targets}
 
 
@@ -165,4 +174,4 @@ def sizes(dense: nn.Module, in_4bit: nn.Module, label: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(memory_worker(*sys.argv[1:7])))
+    print(json.dumps(memory_worker(*sys.argv[1:8])))
