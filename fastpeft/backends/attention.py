@@ -24,7 +24,7 @@ def takes(q: torch.Tensor, k: torch.Tensor, p: float) -> bool:
 
 
 def tokens(q, k, v, causal, mask, p, seed, scale):
-    """-> o_x [B, H, T, D], lse [B, H, T]: see `reference.prefix_attention.tokens`"""
+    """-> o_x [B, H, T, D], in memory [B, T, H, D] as every backend has it, and lse: see `reference.prefix_attention.tokens`"""
     if not takes(q, k, p):
         return reference.tokens(q, k, v, causal, mask, p, seed, scale)
     o = lse = None
@@ -38,7 +38,7 @@ def tokens(q, k, v, causal, mask, p, seed, scale):
         o, lse = (found, of_keys) if o is None else _merged(o, lse, found, of_keys)
     if rows.start:  # T > S: the first queries see no key
         o, lse = _padded(o, rows.start, 0.0), _padded(lse[..., None], rows.start, -math.inf)[..., 0]
-    return o, lse.contiguous()
+    return o if o.transpose(1, 2).is_contiguous() else reference.by_query(q).copy_(o), lse.contiguous()
 
 
 def grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):

@@ -33,6 +33,7 @@ LIMITS: dict[str, Any] = {
     },
     "widens": bool,
     "dot": bool,
+    "own_attention": bool,
     "parallel_work": (0.0, 1e12),
 }
 

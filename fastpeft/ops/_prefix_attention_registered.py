@@ -1,7 +1,7 @@
 """The passes of prefix_attention as PyTorch sees them: registered ops, functional, with their fakes and FLOPs.
 
-`Registered` has the signatures of a backend's passes; each op picks its backend when it runs. Tokens without dropout on a CPU
-are aten's own ops, which policies of selective checkpointing know.
+`Registered` has the signatures of a backend's passes; each op picks its backend when it runs. To a dispatch mode tokens without
+dropout on a CPU are aten's own ops, which policies of selective checkpointing know; to a compiler all are ours.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.compiler import is_compiling
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ..backends import attention
@@ -157,6 +158,10 @@ backward = define(
 )
 
 
+def _by_aten(q, k, p):
+    return not is_compiling() and attention.takes(q, k, p)
+
+
 # ---- as passes -------------------------------------------------------------------------------------------------------
 
 
@@ -172,12 +177,12 @@ class Registered:
     grad_fused = fused
 
     def tokens(self, q, k, v, causal, mask, p, seed, scale):
-        if attention.takes(q, k, p):
+        if _by_aten(q, k, p):
             return attention.tokens(q, k, v, causal, mask, p, seed, scale)
         return tokens(q, k, v, causal, mask, p, seed, scale, self.backend)
 
     def grad_tokens(self, do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):
-        if attention.takes(q, k, p):
+        if _by_aten(q, k, p):
             return attention.grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs)
         found = iter(grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs, self.backend))
         return tuple(next(found) if need else None for need in needs)

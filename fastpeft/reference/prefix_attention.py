@@ -151,7 +151,7 @@ def by_query(q):
 
 
 def like_tokens(o):
-    """An empty output for mode "separate": [B, T, H, D] in memory if the tokens' is, else [B, H, T, D]; in every backend"""
+    """An empty output for mode "separate", in memory as the tokens' is; in every backend"""
     return by_query(o) if o.stride(1) < o.stride(2) else torch.empty_like(o, memory_format=torch.contiguous_format)
 
 

@@ -1,14 +1,14 @@
 """The CPU's passes of prefix_attention (`csrc/cpu/prefix_attention.cpp` by `csrc/python/prefix_attention.cpp`).
 
-Tokens go by PyTorch's own kernel, and with dropout, which that rejects, by ours: to it they are one more segment of keys.
-The prefix is merged into their o and lse in place; backward hands the merged ones to both.
+To our kernel tokens are one more segment of keys; it takes them where the plan says so, and always with dropout, which PyTorch's
+rejects. The prefix is merged into their o and lse in place; backward hands the merged ones to both.
 """
 
 from __future__ import annotations
 
 from ... import native
 from ...native import CODES
-from .. import attention
+from .. import attention, plans
 
 MAX_HEAD = 256
 _cpu = native.cpu()
@@ -41,12 +41,14 @@ grad_fused = fused
 
 
 def tokens(q, k, v, causal, mask, p, seed, scale):
-    if p == 0.0:
-        return attention.tokens(q, k, v, causal, mask, p, seed, scale)
-    return _cpu.prefix_attention_tokens(q, k, v, causal, mask, p, seed, scale)
+    of = _cpu.prefix_attention_tokens if _ours(p) else attention.tokens
+    return of(q, k, v, causal, mask, p, seed, scale)
 
 
 def grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):
-    if p == 0.0:
-        return attention.grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs)
-    return _cpu.prefix_attention_grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs)
+    of = _cpu.prefix_attention_grad_tokens if _ours(p) else attention.grad_tokens
+    return of(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs)
+
+
+def _ours(p: float) -> bool:
+    return p > 0.0 or plans.current.cpu["own_attention"]
