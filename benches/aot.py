@@ -107,7 +107,7 @@ def compiling(capability: int, *launchers: Any) -> Iterator[list[tuple[str, str,
         if "prefix" in kwargs:  # which of its tensors are there
             shown["prefix"] = "".join("0" if t is None else "1" for t in kwargs["prefix"])
         shown |= {"num_stages": kwargs.get("num_stages", "")}
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        tensors = [a for a in (*args, kwargs.get("q_ptr"), *kwargs.values()) if isinstance(a, torch.Tensor)]
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "bfloat16"
         config = f"{dtype} " + " ".join(f"{k}={v}" for k, v in shown.items())
         found.append((self.fn.__name__, config.replace("|", "/"), binary))
