@@ -27,6 +27,7 @@ from . import __version__, machine, native, ops
 from .backends import plans, plans_file
 from .backends.choice import backend
 from .backends.cpu import linear4bit as cpu_4bit
+from .backends.cpu import prefix_attention as cpu_attention
 
 SECONDS = 170.0
 MARGIN = 0.02  # a smaller gain is no reason to leave the built-in value
@@ -184,6 +185,7 @@ def entries() -> Iterator[Entry]:
     if native.cpu().isa() == "avx512bf16":
         calls = _layers([(storage, shape, bf16) for storage in ("4 bits", "dense") for shape in SHAPES])
         yield Entry("dot", None, [False, True], lambda old, new: 16, calls, few)
+    yield Entry("own_attention", None, [False, True], lambda old, new: 512, _attention)
     for dtype in (fp32, bf16, torch.float16):  # the least used last, when little time may be left
         name = str(dtype).removeprefix("torch.")
         yield Entry("few_rows", name, ROWS, max, _layers([("dense", shape, dtype) for shape in SHAPES]))
@@ -192,6 +194,21 @@ def entries() -> Iterator[Entry]:
         if dtype is bf16:
             calls = _layers([("transposed", small, each) for each in (fp32, bf16)])
             yield Entry("few_rows_transposed", None, ROWS, max, calls, few)
+
+
+def _attention(tokens: int) -> list[Call]:
+    """Causal attention forward, and its gradients."""
+    numbers = True, None, 0.0, None, 0.125  # causal, mask, p, seed, scale
+
+    def of(dtype: torch.dtype) -> list[Call]:
+        q, k, v = (torch.randn(1, heads, tokens, 64, dtype=dtype) for heads in (8, 2, 2))
+        o, lse = cpu_attention.tokens(q, k, v, *numbers)
+        return [
+            lambda: cpu_attention.tokens(q, k, v, *numbers)[0],
+            lambda: cpu_attention.grad_tokens(o, q, k, v, o, lse, *numbers, (True,) * 3)[0],
+        ]
+
+    return of(torch.float32) + of(torch.bfloat16)
 
 
 def _many(old: Any, new: Any) -> int:

@@ -370,7 +370,7 @@ def test_strided_upstream_gradient(backend, layout, mode, p):
     check(*problem((b, h, 2, t, 9, d, 5), torch.float32, mode, is_causal=True, dropout_p=p, seed=2), do=do)
 
 
-@pytest.mark.parametrize("backend", [*BEST.values(), *ON_GPU], indirect=True)  # on a CPU the fake's tokens are aten's
+@pytest.mark.parametrize("backend", [*BEST.values(), *ON_GPU], indirect=True)
 @pytest.mark.parametrize("dims", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -626,7 +626,9 @@ def test_checkpoints_and_outputs_changed_in_place(backend, how, mode, p):
     do = torch.randn(2, 4, 7, 32)
     call, leaves = as_function(tensors, options, lambda o: (o * 2).clamp(-1, 1).sin())
     torch.manual_seed(8)
-    expected = stepped(call, leaves, do)
+    # to a policy other passes are shown than those that a plain call runs: they need not round alike
+    seen = how and "context_fn" in CHECKPOINTS[how]
+    expected = stepped(partial(checkpoint, call, **CHECKPOINTS[how]) if seen else call, leaves, do)
 
     def change(o):
         o.transpose(1, 2).mul_(2)  # by a view of it

@@ -119,7 +119,7 @@ def test_every_entry_takes_two_ways(monkeypatch, tiny):
                     for call in entry.calls(min(64, entry.size(low, high))):
                         assert torch.isfinite(call()).all()
             plans_file._entries("cpu", plans.merged(entry.at(low), {}), plans_file.LIMITS)
-    assert seen >= {"few_rows", "few_rows_4bit", "few_rows_transposed", "slab", "widens"}
+    assert seen >= {"few_rows", "few_rows_4bit", "few_rows_transposed", "slab", "widens", "own_attention"}
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

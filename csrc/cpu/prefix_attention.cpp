@@ -144,7 +144,9 @@ struct Attending {
       });
     if (a < 0 || (N == 0 && !d.fresh)) return nothing(b, a);
     const int64_t panels = blocks(seen, KEYS);
-    const bool few = !keys.stay && b.rows() <= FEW_ROWS && s.k.dtype == s.v.dtype;
+    // they read keys unrounded, and so where those are not rounded: lse must be what backward's scores add up to
+    const bool exact = IS_FLOAT<Ranks<T>> || s.k.dtype == d.dtype;
+    const bool few = !keys.stay && b.rows() <= FEW_ROWS && s.k.dtype == s.v.dtype && exact;
     const bool direct = panels == 1 && b.one_run() && d.D % W == 0 && !d.fresh && !few;  // straight into o
     begin(b, a, direct);
     if (few)

@@ -1,7 +1,7 @@
 """The passes of prefix_attention as PyTorch sees them: registered ops, functional, with their fakes and FLOPs.
 
-`Registered` has the signatures of a backend's passes; each op picks its backend when it runs. To a dispatch mode tokens without
-dropout on a CPU are aten's own ops, which policies of selective checkpointing know; to a compiler all are ours.
+`Registered` has the signatures of a backend's passes; each op picks its backend when it runs. A policy of selective
+checkpointing that is to keep attention names `fastpeft::prefix_attention_tokens`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.compiler import is_compiling
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from ..backends import attention
 from ..backends.choice import choose
 from ..backends.cpu import prefix_attention as cpu
 from ..backends.cuda import prefix_attention as cuda
@@ -56,11 +53,8 @@ def _tokens_fake(q, *rest):
     return by_query(q), q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype))
 
 
-def _token_flops(products):
-    def flops(q, k, *rest, **others):
-        return products * 2 * math.prod(q) * k[2]
-
-    return flops
+def _token_flops(q, k, *rest, **others):
+    return 2 * 2 * math.prod(q) * k[2]
 
 
 def _grad_token_flops(do, q, k, *rest, **others):
@@ -71,7 +65,7 @@ tokens = define(
     f"prefix_attention_tokens(Tensor q, Tensor k, Tensor v, {_TOKENS}, str backend) -> (Tensor, Tensor)",
     _tokens,
     _tokens_fake,
-    _token_flops(2),
+    _token_flops,
 )
 
 
@@ -92,14 +86,6 @@ grad_tokens = define(
     _grad_tokens_fake,
     _grad_token_flops,
 )
-
-for _packet, _formula in (  # aten's own, of which PyTorch's counter knows only the kernels of GPUs
-    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _token_flops(2)),
-    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _grad_token_flops),
-):
-    if _packet not in flop_registry:
-        register_flop_formula(_packet)(_formula)
-
 
 # ---- the prefix ------------------------------------------------------------------------------------------------------
 
@@ -158,10 +144,6 @@ backward = define(
 )
 
 
-def _by_aten(q, k, p):
-    return not is_compiling() and attention.takes(q, k, p)
-
-
 # ---- as passes -------------------------------------------------------------------------------------------------------
 
 
@@ -177,13 +159,9 @@ class Registered:
     grad_fused = fused
 
     def tokens(self, q, k, v, causal, mask, p, seed, scale):
-        if _by_aten(q, k, p):
-            return attention.tokens(q, k, v, causal, mask, p, seed, scale)
         return tokens(q, k, v, causal, mask, p, seed, scale, self.backend)
 
     def grad_tokens(self, do, q, k, v, o, lse, causal, mask, p, seed, scale, needs):
-        if _by_aten(q, k, p):
-            return attention.grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs)
         found = iter(grad_tokens(do, q, k, v, o, lse, causal, mask, p, seed, scale, needs, self.backend))
         return tuple(next(found) if need else None for need in needs)
 

@@ -1,7 +1,7 @@
 """The CPU's passes of prefix_attention (`csrc/cpu/prefix_attention.cpp` by `csrc/python/prefix_attention.cpp`).
 
-To our kernel tokens are one more segment of keys; it takes them where the plan says so, and always with dropout, which PyTorch's
-rejects. The prefix is merged into their o and lse in place; backward hands the merged ones to both.
+To our kernel tokens are one more segment of keys; it takes them where the plan says so, and always with dropout, which
+PyTorch's rejects. The prefix is merged into their o and lse in place; backward hands the merged ones to both.
 """
 
 from __future__ import annotations
