@@ -5,7 +5,7 @@
     print(report)                     # one line a layer: the path it takes, or why it was left alone
     fp.revert(peft_model)             # back to PEFT's own classes
     fp.quantize(model, "nf4")         # linear layers in 4 bits, with bitsandbytes' checkpoints both ways
-    fp.attach(model, fp.LoraConfig()) # adapters on a plain model, without PEFT; their files are PEFT's
+    fp.attach(model, fp.LoraConfig()) # or fp.PrefixConfig: adapters on a plain model, without PEFT
 
 Functions are in `fastpeft.ops`, modules in `fastpeft.nn`; `fastpeft doctor` prints what this machine can run.
 """
