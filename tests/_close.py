@@ -46,3 +46,22 @@ def assert_close(
     assert got <= allowed, (
         f"{name}: error {got:.3e}, allowed {allowed:.3e} (composition {error(same_dtype, exact):.3e})"
     )
+
+
+# ---- Σ|terms| of attention -------------------------------------------------------------------------------------------
+
+
+def through(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """One's value with the other's gradient."""
+    return value.detach() + gradient - gradient.detach()
+
+
+def sizes_of_weights(weights: torch.Tensor, scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Softmax weights whose value and gradient are sums of absolute values.
+
+    scores: with the gradient of their terms' absolute values (`through`); sizes: Σ|terms| of each. A weight is off by its own
+    rounding and by that of the scores, w (δs + Σ w δs); and ds = w (dw + Σ w dw).
+    """
+    of, scores = weights.detach(), scores.masked_fill(scores == -torch.inf, 0.0)
+    off = of * (1.0 + sizes + (of * sizes).sum(-1, keepdim=True))
+    return through(off, of * (scores + (of * scores).sum(-1, keepdim=True)))

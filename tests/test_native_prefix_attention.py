@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from _close import assert_close
+from _close import assert_close, sizes_of_weights, through
 from _guarded import Memory
 
 from fastpeft import native as loader
@@ -217,8 +217,12 @@ class Tensors:
 
     # ---- the definition, in any dtype ----
 
-    def define(self, dtype):
-        """-> o, lse, gradients of `differentiable`, None where there is none; of what was seen: o_x and lse_x"""
+    def define(self, dtype, terms=False):
+        """-> o, lse, gradients of `differentiable`, None where there is none; of what was seen: o_x and lse_x
+
+        terms: instead of each sum the sum of its terms' absolute values, in the gradients too.
+        """
+        size_of = torch.abs if terms else torch.clone
         case, (B, H, Hk, T, P, _) = self.case, self.case.shape
         leaves = [t if t is None else t.detach().to(dtype).requires_grad_() for t in self.differentiable()]
         q, pk, pv, gk, gv, bias, c = leaves
@@ -231,35 +235,43 @@ class Tensors:
         for b in range(B):
             a = 0 if case.index is None else case.index[b]
             n = 0 if a < 0 else case.lengths[a] if case.lengths else P
-            o_x, lse_x = self.o_x[b].to(dtype), self.lse_x[b].to(dtype)
+            o_x, lse_x = size_of(self.o_x[b].to(dtype)), self.lse_x[b].to(dtype)
             if n == 0:
                 rows.append(o_x)
                 lses.append(torch.full_like(lse_x, -torch.inf) if case.separate else lse_x)
                 continue
             span = slice(offsets[a], offsets[a] + n) if case.flat else slice(0, n)
             k, v = (t[:, span] if case.flat else t[a][:, span] for t in (pk, pv))  # [Hk, n, D]
-            s = self.scale() * q[b] @ k.repeat_interleave(H // Hk, 0).mT  # [H, T, n]
-            if gk is not None:
-                s = s * expanded[0][b, :, :, :n]
-            if bias is not None:
-                s = s + bias[a if len(bias) > 1 else 0][:, None, span]
+            k, v = k.repeat_interleave(H // Hk, 0), size_of(v).repeat_interleave(H // Hk, 0)
+            factor = 1 if gk is None else expanded[0][b, :, :, :n]
+            added = 0 if bias is None else bias[a if len(bias) > 1 else 0][:, None, span]
+            s = self.scale() * (q[b] @ k.mT) * factor + added  # [H, T, n]
+            if terms:
+                sizes = self.scale() * (q[b].abs() @ k.abs().mT) * factor
+                sizes = sizes if bias is None else sizes + added.abs().masked_fill(added == -torch.inf, 0)
+                s = through(s, sizes)
             w = keep[b, :, :, :n]
             if gv is not None:
-                w = w * expanded[1][b, :, :, :n]
+                w = w * size_of(expanded[1][b, :, :, :n])
             lse = s.logsumexp(-1)
             merged = lse if case.separate else torch.logaddexp(lse, lse_x)
             seen = (s - merged[..., None]).exp().masked_fill(torch.isneginf(merged)[..., None], 0)
-            o_p = (seen * w) @ v.repeat_interleave(H // Hk, 0)
+            kept = (lse_x - merged).exp().nan_to_num(0)[..., None]
+            if terms:
+                of = seen.detach()
+                kept = through(kept, kept.detach() * (of * s.masked_fill(s == -torch.inf, 0)).sum(-1, keepdim=True))
+                seen = sizes_of_weights(seen, s, sizes.detach())
+            o_p = (seen * w) @ v
             if case.separate:
-                gate = 1 if c is None else c[a if len(c) > 1 else 0][:, None, None]
+                gate = 1 if c is None else size_of(c[a if len(c) > 1 else 0][:, None, None])
                 rows.append(o_x + gate * o_p)
             else:
-                rows.append((lse_x - merged).exp().nan_to_num(0)[..., None] * o_x + o_p)
+                rows.append(kept * o_x + o_p)
             lses.append(merged)
         o, lse = torch.stack(rows), torch.stack(lses)
         wanted = [t for t in leaves if t is not None]
         grads = iter(
-            torch.autograd.grad(o, wanted, self.do.to(dtype), allow_unused=True) if o.requires_grad else wanted
+            torch.autograd.grad(o, wanted, size_of(self.do.to(dtype)), allow_unused=True) if o.requires_grad else wanted
         )
         found = []
         for t in leaves:
@@ -279,21 +291,22 @@ def test_prefix(isa, memory, dtype, case):
     t = case.make(memory, dtype)
     eps = torch.finfo(dtype).eps
     (exact, exact_lse, exact_grads), (same, same_lses, same_grads) = t.define(torch.float64), t.define(dtype)
+    sizes, _, size_grads = t.define(torch.float64, terms=True)
     o, lse = t.forward()
     assert o.dtype == dtype and lse.dtype == torch.float32
-    assert_close(o, same, exact, "o", eps)
+    assert_close(o, same, exact, "o", eps, sizes)
     got, want = same_lse(lse, exact_lse, "lse")
     assert_close(got, same_lse(same_lses, exact_lse, "composition")[0], want, "lse", eps)
 
     (dq, before), got = t.backward(exact, exact_lse.float())
-    assert_close(dq, before + same_grads[0], before.double() + exact_grads[0], "dq", eps)
-    for name, grad, compare, exact_grad, of in zip(
-        GRADIENTS, got, same_grads[1:], exact_grads[1:], t.differentiable()[1:]
+    assert_close(dq, before + same_grads[0], before.double() + exact_grads[0], "dq", eps, size_grads[0].abs())
+    for name, grad, compare, exact_grad, size, of in zip(
+        GRADIENTS, got, same_grads[1:], exact_grads[1:], size_grads[1:], t.differentiable()[1:]
     ):
         assert (grad is None) == (of is None), name
         if grad is not None:
             assert grad.dtype == (of.dtype if "prefix" in name else torch.float32), name
-            assert_close(grad, compare, exact_grad, name, eps)
+            assert_close(grad, compare, exact_grad, name, eps, size.abs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -362,11 +375,12 @@ class Tokens:
     def arguments(self):
         return self.case.causal, self.mask, self.case.p, SEED, self.case.shape[-1] ** -0.5
 
-    def define(self, dtype):
-        """-> o, lse, dq, dk, dv"""
+    def define(self, dtype, terms=False):
+        """-> o, lse, dq, dk, dv; terms: as in `Tensors.define`"""
         B, H, Hk, T, S, D = self.case.shape
         q, k, v = (t.detach().to(dtype).requires_grad_() for t in (self.q, self.k, self.v))
-        s = D**-0.5 * q @ k.repeat_interleave(H // Hk, 1).mT
+        all_k, all_v = (t.repeat_interleave(H // Hk, 1) for t in (k, v))
+        s = D**-0.5 * (q @ all_k.mT)
         if self.case.mask == "padding":
             s = s.masked_fill(~self.mask[:, None, None], -torch.inf)
         elif self.mask is not None:
@@ -376,10 +390,16 @@ class Tokens:
         lse = s.detach().logsumexp(-1)
         weights = s.masked_fill(torch.isneginf(lse)[..., None], -1e4).softmax(-1)
         weights = weights.masked_fill(torch.isneginf(lse)[..., None], 0)
+        if terms:
+            sizes = D**-0.5 * (q.abs() @ all_k.abs().mT)
+            if self.mask is not None and "+" in self.case.mask:
+                sizes = sizes + self.mask.to(dtype).abs().masked_fill(self.mask == -torch.inf, 0)
+            weights = sizes_of_weights(weights, through(s, sizes), sizes.detach())
         if self.case.p:
             weights = weights * dropout_mask(SEED, (B, H, T, S), self.case.p, 1).to(dtype) / (1 - self.case.p)
-        o = weights @ v.repeat_interleave(H // Hk, 1)
-        return o.detach(), lse, *torch.autograd.grad(o, (q, k, v), self.do.to(dtype))
+        do = self.do.to(dtype)
+        o = weights @ (all_v.abs() if terms else all_v)
+        return o.detach(), lse, *torch.autograd.grad(o, (q, k, v), do.abs() if terms else do)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -387,6 +407,7 @@ class Tokens:
 def test_tokens(isa, memory, dtype, case):
     t, eps = Tokens(case, memory, dtype), torch.finfo(dtype).eps
     (exact, exact_lse, *exact_grads), (same, same_lses, *same_grads) = t.define(torch.float64), t.define(dtype)
+    sizes, _, *size_grads = t.define(torch.float64, terms=True)
     with num_threads(case.threads):
         o, lse = native.prefix_attention_tokens(t.q, t.k, t.v, *t.arguments())
         got = native.prefix_attention_grad_tokens(
@@ -398,12 +419,12 @@ def test_tokens(isa, memory, dtype, case):
             )
             assert [g is not None for g in one] == [i == j for j in range(3)] and torch.equal(one[i], got[i])
     assert o.dtype == dtype and lse.dtype == torch.float32 and o.transpose(1, 2).is_contiguous()
-    assert_close(o, same, exact, "o", eps)
+    assert_close(o, same, exact, "o", eps, sizes)
     found, want = same_lse(lse, exact_lse, "lse")
     assert_close(found, same_lse(same_lses, exact_lse, "composition")[0], want, "lse", eps)
-    for name, grad, compare, exact_grad in zip(("dq", "dk", "dv"), got, same_grads, exact_grads):
+    for name, grad, compare, exact_grad, size in zip(("dq", "dk", "dv"), got, same_grads, exact_grads, size_grads):
         assert grad.dtype == dtype
-        assert_close(grad, compare, exact_grad, name, eps)
+        assert_close(grad, compare, exact_grad, name, eps, size.abs())
 
 
 # ---- rows without a prefix, or with one that is not there ----

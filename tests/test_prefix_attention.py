@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from _close import assert_close
+from _close import assert_close, sizes_of_weights, through
 from conftest import BACKENDS, ON_GPU
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -158,7 +158,7 @@ def _scores(q, keys, gate, bias, scale, terms):
         return s, s
     gate, bias = (torch.as_tensor(x).abs() for x in (gate, bias))
     size = scale * gate * (q.abs() @ keys.abs().transpose(1, 2)) + bias.masked_fill(bias == math.inf, 0.0)
-    return _through(s, size), size.detach()
+    return through(s, size), size.detach()
 
 
 def _softmax(s, size, terms):
@@ -166,15 +166,7 @@ def _softmax(s, size, terms):
     w = s.masked_fill(dead, 0.0).softmax(-1) * ~dead
     if not terms:
         return w
-    of, s = w.detach(), s.masked_fill(s == -math.inf, 0.0)
-    # ds = w (dw + Σ w dw); and a weight is off by its scores' own rounding, w (δs + Σ w δs), besides its own
-    off = of * (1.0 + size + (of * size).sum(-1, keepdim=True))
-    return _through(off, of * (s + (of * s).sum(-1, keepdim=True)))
-
-
-def _through(value, gradient):
-    """One's value with the other's gradient"""
-    return value.detach() + gradient - gradient.detach()
+    return sizes_of_weights(w, s, size)
 
 
 def run(fn, tensors, options, do):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
-from _close import assert_close
+from _close import assert_close, sizes_of_weights, through
 from _guarded import Memory
 from conftest import HAS_GPU, HAS_TRITON
 
@@ -127,9 +128,14 @@ def mask_of(case, dtype, device):
 
 def composition(
     q, k, v, prefix_k, prefix_v, gate_k, gate_v, log_bias, gate_out, index, lengths, offsets, *, causal, mask, separate,
-    dropout_p, seed, scale,
+    dropout_p, seed, scale, terms=False,
 ):  # fmt: skip
-    """What a user would write, in q's dtype: prefixes gathered a row, beside the tokens, scores written out"""
+    """What a user would write, in q's dtype: prefixes gathered a row, beside the tokens, scores written out
+
+    terms: instead of each sum the sum of its terms' absolute values, in the gradients too.
+    """
+    if terms:
+        v, prefix_v, gate_v, gate_out = (None if t is None else t.abs() for t in (v, prefix_v, gate_v, gate_out))
     rows = reference.by_row(q, prefix_k, prefix_v, gate_k, gate_v, log_bias, gate_out, index, lengths, offsets)
     pk, pv, gate_k, gate_v, bias, c = (1.0 if t is None else t.to(q.dtype) for t in rows[:6])
     pk, pv, k, v = (
@@ -146,14 +152,24 @@ def composition(
         unseen = torch.ones(s_x.shape[-2:], dtype=torch.bool, device=q.device).triu(k.shape[2] - q.shape[2] + 1)
         s_x = s_x.masked_fill(unseen, float("-inf"))
 
-    def softmax(s):
+    of_p = of_x = s_p  # Σ|terms| of the scores
+    if terms:
+        of_p = scale * torch.as_tensor(gate_k).abs() * (q.abs() @ pk.abs().mT)
+        of_p = of_p if log_bias is None else of_p + bias.abs().masked_fill(bias == float("-inf"), 0.0)
+        of_x = scale * (q.abs() @ k.abs().mT)
+        if mask is not None and mask.dtype != torch.bool:
+            of_x = of_x + mask.abs().masked_fill(mask == float("-inf"), 0.0)
+
+    def softmax(s, sizes):
         dead = (s == float("-inf")).all(-1, keepdim=True)
-        return s.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+        w = s.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+        return sizes_of_weights(w, through(s, sizes), sizes.detach()) if terms else w
 
     if separate:
-        w_p, w_x = softmax(s_p), softmax(s_x)
+        w_p, w_x = softmax(s_p, of_p), softmax(s_x, of_x)
     else:
-        w_p, w_x = softmax(torch.cat([s_p, s_x], -1)).split([s_p.shape[-1], s_x.shape[-1]], -1)
+        both = softmax(torch.cat([s_p, s_x], -1), torch.cat([of_p, of_x], -1))
+        w_p, w_x = both.split([s_p.shape[-1], s_x.shape[-1]], -1)
     w_p, w_x = (lora_reference.drop(w, dropout_p, seed, i) for i, w in enumerate((w_p, w_x)))
     return w_x @ v + (c if separate else 1.0) * ((w_p * gate_v) @ pv)
 
@@ -208,9 +224,14 @@ def check(got, tensors, do, how):
         mask = mask.double().masked_fill(mask == torch.finfo(mask.dtype).min, float("-inf"))
     exact = differentiated(reference.prefix_attention, in_double(tensors), do.double(), how | {"mask": mask})
     composed = differentiated(composition, tensors, do, how)
+    sizes = differentiated(
+        partial(composition, terms=True), in_double(tensors), do.double().abs(), how | {"mask": mask}
+    )
     assert got.keys() == exact.keys()
     for name in got:
-        assert_close(got[name], composed[name].to(got[name].dtype), exact[name], name, eps=EPS[dtype])
+        assert_close(
+            got[name], composed[name].to(got[name].dtype), exact[name], name, eps=EPS[dtype], terms=sizes[name].abs()
+        )
 
 
 def name(case):
