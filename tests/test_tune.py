@@ -164,7 +164,10 @@ def test_interrupted_in_a_measurement_it_leaves_the_old_file(file, tiny, monkeyp
 def test_ctrl_c(file):
     file.parent.mkdir()
     file.write_text("old")
-    command = [sys.executable, "-m", "fastpeft", "tune", "--seconds", "120"]
+    # a job in the background ignores the signal, and hands that on
+    listen = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start = listen + "from fastpeft.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "tune", "--seconds", "120"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as ran:
         lines = []
