@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import math
 import os
 
 import pytest
 import torch
+from _guarded import Memory
 
 os.environ["FASTPEFT_PLANS_FILE"] = ""  # no plans that whoever runs the tests has measured; subprocesses inherit it
 
@@ -70,6 +73,29 @@ def backend(request):
     finally:
         if level:
             module.set_isa(before)
+
+
+@pytest.fixture
+def memory():
+    """Guarded memory, and results of the native CPU passes on it."""
+    memory, module, dtypes = Memory(), native.cpu(), list(native.CODES)
+
+    def allocate(shape, code):
+        columns = shape[-1] if shape else 1
+        return memory.empty(math.prod(shape[:-1]), columns, dtypes[code]).view(shape)
+
+    module.set_allocator(allocate)
+    yield memory
+    module.set_allocator(None)
+    memory.close()
+
+
+@contextlib.contextmanager
+def num_threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

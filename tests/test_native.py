@@ -8,7 +8,6 @@ Tolerances are derived, not picked: an fp32 sum of n products done in runs of 12
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import subprocess
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from _guarded import Memory
+from conftest import num_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft import native as loader
@@ -48,29 +48,6 @@ SHAPES = [
 ]
 
 # ---- memory ----
-
-
-@pytest.fixture
-def memory():
-    """Guarded memory, and results of the passes on it."""
-    memory = Memory()
-
-    def allocate(shape, code):
-        columns = shape[-1] if shape else 1
-        return memory.empty(int(np.prod(shape[:-1])), columns, DTYPES[code]).view(shape)
-
-    native.set_allocator(allocate)
-    yield memory
-    native.set_allocator(None)
-    memory.close()
-
-
-@contextlib.contextmanager
-def num_threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=ISAS + ["avx512bf16, dot products"] * ("avx512bf16" in ISAS))

@@ -603,7 +603,7 @@ CHECKPOINTS = {
     "reentrant": {"use_reentrant": True},
     "not reentrant": {"use_reentrant": False},
     "nothing saved": {"use_reentrant": False, "context_fn": keep()},
-    "tokens saved": {"use_reentrant": False, "context_fn": keep("flash_attention", "attention_tokens")},
+    "tokens saved": {"use_reentrant": False, "context_fn": keep("attention_tokens")},
     "prefix saved": {"use_reentrant": False, "context_fn": keep("prefix_attention")},
 }
 

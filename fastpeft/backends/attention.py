@@ -2,8 +2,7 @@
 
 The kernel takes grouped heads, and an additive mask beside its causal one. Three things it does otherwise than we need: its
 causal mask is aligned to the first key, so with T < S the keys before the last T are a call of their own, merged by lse; a
-query that sees nothing has lse 0, here −∞; and it divides by T and S, so none may be 0. All functional: a policy of selective
-checkpointing may keep what the kernel returns.
+query that sees nothing has lse 0, here −∞; and it divides by T and S, so none may be 0.
 """
 
 from __future__ import annotations
